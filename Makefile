@@ -1,0 +1,34 @@
+# The whole workflow.  `make run` and `make test` need Python 3.11+ and nothing else.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+CONFIG ?=
+
+.PHONY: help setup run seeds test test-all check bench docs clean
+help: ## Show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(VENV)/.installed ## Create .venv from requirements.lock (once)
+$(VENV)/.installed: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "vflair_flower needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --editable .
+	@touch $@
+
+run: setup ## The main job: CONFIG="data='path' seed=1" changes settings
+	@$(BIN)/python -m simulations.launch $(if $(CONFIG),--run-config "$(CONFIG)")
+
+test: setup ## The tests that CI runs
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: setup ## All tests, the slow ones too
+	$(BIN)/python -m pytest
+
+check: setup ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove the virtual environment, caches and this project's own Flower home
+	rm -rf $(VENV) .flwr .mypy_cache .ruff_cache .pytest_cache build *.egg-info
