@@ -1,0 +1,162 @@
+"""What is trained in a segment: LoRA adapters and the task head, or everything.  Names are those of the whole model.
+
+Because names are global, the adapters of all segments are simply the union of their tensors, and PEFT loads that union
+on the full model.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from vflair_flower.errors import CheckpointError, PartitionError
+from vflair_flower.partition.loading import LoadedSegment, generator_for
+from vflair_flower.partition.structure import task_head_places
+from vflair_flower.settings import LoraSettings, TaskKind, TaskSettings
+
+
+def lora_config(
+    config: PreTrainedConfig, settings: LoraSettings, task: TaskSettings | None, modules_to_save: list[str]
+) -> LoraConfig:
+    """Return PEFT's configuration of a segment, or with a task that of the whole model.
+
+    PEFT itself adds the task head to the modules that are trained whole when it is told the task, and would copy the
+    holes that stand for it; a segment's configuration therefore names no task.
+    """
+    kinds = {TaskKind.SEQUENCE_CLASSIFICATION: "SEQ_CLS", TaskKind.CAUSAL_LM: "CAUSAL_LM"}
+    return LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=target_modules(config, settings),
+        modules_to_save=modules_to_save or None,
+        task_type=None if task is None else kinds[task.kind],
+        base_model_name_or_path=config.name_or_path or None,
+        inference_mode=task is not None,
+    )
+
+
+def target_modules(config: PreTrainedConfig, settings: LoraSettings) -> list[str]:
+    """Return the names of the modules that get LoRA: the settings', else PEFT's choice for the family."""
+    if settings.target_modules:
+        return list(settings.target_modules)
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(config.get_text_config().model_type)
+    if not known:
+        raise PartitionError(
+            f"PEFT has no default LoRA modules for the family {config.model_type!r}; name them in target_modules."
+        )
+    return list(known)
+
+
+def trainable_head_modules(loaded: LoadedSegment, task: TaskSettings) -> list[str]:
+    """Return the names of the modules that are trained whole beside LoRA: for classification the task head."""
+    if task.kind is not TaskKind.SEQUENCE_CLASSIFICATION or not loaded.segment.task_head:
+        return []
+    model = loaded.model
+    names = [place.name for place in task_head_places(model)]
+    pooler = getattr(model.base_model, "pooler", None)
+    if pooler is not None and next(pooler.parameters(), None) is not None:
+        names.append("pooler")
+    return names
+
+
+def make_trainable(loaded: LoadedSegment, settings: LoraSettings | None, task: TaskSettings, *, seed: int) -> nn.Module:
+    """Make a loaded segment ready for training, in place.
+
+    Parameters
+    ----------
+    loaded : LoadedSegment
+        A segment as loaded.
+    settings : LoraSettings or None
+        None trains every own parameter and returns the model itself.
+    task : TaskSettings
+        Decides which modules are trained whole.
+    seed : int
+        LoRA's A matrices are drawn from it and their global names (Kaiming uniform, as PEFT does); B starts at zero.
+
+    Returns
+    -------
+    torch.nn.Module
+        The `PeftModel`, or the model.
+
+    Raises
+    ------
+    PartitionError
+        If nothing in the segment matches LoRA's target modules.
+    """
+    if settings is None:
+        return loaded.model
+    config = lora_config(loaded.model.config, settings, None, trainable_head_modules(loaded, task))
+    try:
+        tuned: PeftModel = get_peft_model(loaded.model, config)
+    except ValueError as error:
+        raise PartitionError(
+            f"no module of this segment ({loaded.segment.describe()}) gets LoRA: {error} "
+            "Give every party at least one block, or train all parameters (no LoRA)."
+        ) from error
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if ".lora_A." in name:
+                bound = math.sqrt(1.0 / parameter.shape[1])  # kaiming_uniform_(a=sqrt(5)) of an [r, in] matrix
+                parameter.uniform_(-bound, bound, generator=generator_for(seed, name))
+    return tuned
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """Return what is trained, by global name: the adapters, or all trainable parameters. Detached, on the CPU."""
+    if isinstance(model, PeftModel):
+        state = get_peft_model_state_dict(model)
+    else:
+        state = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return {name: tensor.detach().cpu().clone() for name, tensor in sorted(state.items())}
+
+
+def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Put back what `trained_state` returned; raise CheckpointError if names or shapes differ from this segment's."""
+    expected = trained_state(model)
+    odd = sorted(set(expected) ^ set(state)) or [n for n in expected if expected[n].shape != state[n].shape]
+    if odd:
+        raise CheckpointError(
+            f"the trained state does not fit this segment: {len(odd)} names or shapes differ, the first is {odd[0]!r}. "
+            "It comes from another cut, model or tuning; use the settings of the job that wrote it."
+        )
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, dict(state))
+        return
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
+
+
+def save_merged_adapter(
+    folder: Path, states: list[Mapping[str, Tensor]], config: PreTrainedConfig, lora: LoraSettings, task: TaskSettings
+) -> None:
+    """Write the adapters of all segments into one folder that plain PEFT loads on the full model.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Made if it does not exist; gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+    states : list of mappings
+        One per segment, as `trained_state` returns them.
+    config, lora, task
+        The model's, the tuning's and the task's settings.
+    """
+    merged: dict[str, Tensor] = {}
+    for state in states:
+        twice = merged.keys() & state.keys()
+        assert not twice, f"owned twice: {sorted(twice)[:3]}"
+        merged.update(state)
+    # Names look like base_model.model.classifier.weight: what is no LoRA matrix was trained whole.
+    whole = {name.removeprefix("base_model.model.") for name in merged if ".lora_" not in name}
+    modules = sorted({"pooler" if ".pooler." in name else name.split(".")[0] for name in whole})
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in merged.items()}, folder / "adapter_model.safetensors")
+    lora_config(config, lora, task, modules).save_pretrained(str(folder))

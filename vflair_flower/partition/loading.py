@@ -1,0 +1,167 @@
+"""Load one segment of a model: only its own tensors are read from the checkpoint, all others are never touched.
+
+A dynamic subclass of the task class cuts itself right after it was built on the meta device; `from_pretrained` then
+materialises just what is left.  Parameters that the checkpoint lacks (a new classifier) are drawn from the seed and
+their own global name, so that every party, and the unsplit model, draws the same ones.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+)
+from transformers.utils import logging
+
+from vflair_flower.errors import ModelError
+from vflair_flower.partition.cut import Channel, cut
+from vflair_flower.partition.plan import Segment
+from vflair_flower.partition.sources import ModelSource, load_config
+from vflair_flower.settings import TaskKind, TaskSettings
+
+_TASK_CLASSES = {
+    TaskKind.SEQUENCE_CLASSIFICATION: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    TaskKind.CAUSAL_LM: MODEL_FOR_CAUSAL_LM_MAPPING,
+}
+
+
+@dataclass(frozen=True)
+class LoadedSegment:
+    """A segment in memory: the task model with holes, what it owns, and what joins its holes."""
+
+    model: PreTrainedModel
+    segment: Segment
+    channel: Channel
+    new_parameters: tuple[str, ...]
+    """Names of own parameters that the checkpoint did not hold and that were drawn from the seed."""
+
+
+def task_class(config: PreTrainedConfig, task: TaskSettings) -> type[PreTrainedModel]:
+    """Return transformers' class for a model family and a task; raise ModelError if there is none."""
+    mapping = _TASK_CLASSES[task.kind]
+    if type(config) not in mapping:
+        raise ModelError(
+            f"transformers has no {task.kind.value} class for the model family {config.model_type!r}. "
+            "Choose another task or another model."
+        )
+    return cast("type[PreTrainedModel]", mapping[type(config)])
+
+
+def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, seed: int = 0) -> LoadedSegment:
+    """Load what `segment` owns of a model, in float32.
+
+    Parameters
+    ----------
+    source : ModelSource
+        The checkpoint.
+    segment : Segment
+        What to load; a whole segment gives the unsplit model.
+    task : TaskSettings
+        Chooses the task class.
+    seed : int
+        For parameters that the checkpoint does not hold.
+
+    Raises
+    ------
+    ModelError
+        If the checkpoint cannot be read or lacks a tensor that is not part of the task head.
+    """
+    config = load_config(source, task)
+    own_class, channels = _segment_class(task_class(config, task), segment)
+    try:
+        with _quiet():
+            loaded: Any = own_class.from_pretrained(
+                source.location, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"the checkpoint {source.location!r} could not be read: {error}") from error
+    model: PreTrainedModel = loaded[0]
+    info: dict[str, Any] = loaded[1]
+    base_prefix = model.base_model_prefix + "."
+    missing = sorted(info["missing_keys"])
+    lost = [name for name in missing if name.startswith(base_prefix) and ".pooler." not in name]
+    if lost:
+        raise ModelError(
+            f"the checkpoint {source.location!r} lacks {len(lost)} tensors of this segment, the first is {lost[0]!r}. "
+            "It belongs to another architecture, or is a segment that was cut elsewhere."
+        )
+    for name in missing:
+        _draw(model, name, seed)
+    model.config.use_cache = task.kind is TaskKind.CAUSAL_LM
+    return LoadedSegment(model, segment, channels[-1], tuple(missing))
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer; raise ModelError if there is none or it cannot pad."""
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"no tokenizer could be read for the model {source.location!r}: {error}. Put its files "
+            "(tokenizer.json or vocab.txt) into the model's folder."
+        ) from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"the tokenizer of {source.location!r} has neither a pad nor an end token; set pad_token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def draw_normal(tensor: torch.Tensor, name: str, seed: int, std: float) -> None:
+    """Fill `tensor` with normal numbers that depend on the seed and the parameter's global name alone."""
+    tensor.normal_(0.0, std, generator=generator_for(seed, name))
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """Return a CPU generator seeded by a job's seed and a name, the same at every party."""
+    digest = hashlib.sha256(f"{seed}|{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from reporting every tensor that is another party's as unexpected."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _segment_class(cls: type[PreTrainedModel], segment: Segment) -> tuple[type[PreTrainedModel], list[Channel]]:
+    channels: list[Channel] = []
+
+    def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        channels.append(cut(self, segment))
+        kept = {n for n, _ in self.named_parameters(remove_duplicate=False)}
+        kept |= {n for n, _ in self.named_buffers()}
+        ties = self.all_tied_weights_keys
+        self.all_tied_weights_keys = {a: b for a, b in ties.items() if a in kept and b in kept}
+
+    body: dict[str, Any] = {"__init__": build, "__module__": cls.__module__}
+    return cast("type[PreTrainedModel]", type(cls.__name__, (cls,), body)), channels
+
+
+def _draw(model: PreTrainedModel, name: str, seed: int) -> None:
+    parameter = model.get_parameter(name)
+    with torch.no_grad():
+        if parameter.dim() > 1:
+            draw_normal(parameter, name, seed, float(getattr(model.config, "initializer_range", 0.02)))
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)

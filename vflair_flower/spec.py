@@ -1,0 +1,66 @@
+"""What all parties of a job must agree on: one value, sent with every Flower message, validated at birth.
+
+Not here: what only one party knows (its data, its paths) and what only the strategy decides (addresses, deadlines).
+"""
+
+from typing import Self
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from vflair_flower.errors import ConfigurationError, PartitionError
+from vflair_flower.partition.plan import PartitionPlan
+from vflair_flower.settings import STRICT, LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings, one_of
+
+WIRE_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class SplitSpec:
+    """Everything that all parties must agree on.
+
+    Parameters
+    ----------
+    model : str
+        A local folder, a hub id, or ``"minilm-l6"``; every party resolves it on its own machine.
+    plan : PartitionPlan
+        The cut.
+    task, optimizer, training
+        See their classes.
+    tuning : LoraSettings or None
+        LoRA on every segment, or None to train all parameters.
+    wire_dtype : str
+        What hidden states and gradients are cast to before they are sent, in both directions; anything but
+        ``"float32"`` ends bit equality with the unsplit model.
+    seed : int
+        Of initialisation, batch order and dropout.
+    """
+
+    model: str = "minilm-l6"
+    plan: PartitionPlan = PartitionPlan()
+    task: TaskSettings
+    tuning: LoraSettings | None = LoraSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    training: TrainingSettings = TrainingSettings()
+    wire_dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_of("wire_dtype", self.wire_dtype, tuple(WIRE_DTYPES))
+
+    def to_json(self) -> str:
+        """Return the specification as JSON text."""
+        return TypeAdapter(type(self)).dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the specification that `to_json` wrote; raise ConfigurationError for anything else."""
+        try:
+            spec: Self = TypeAdapter(cls).validate_json(text)
+        except (ValidationError, PartitionError) as error:
+            raise ConfigurationError(
+                f"the job's specification does not fit this version: {error}. "
+                "All parties need the same version of vflair-flower."
+            ) from error
+        return spec
