@@ -1,0 +1,8 @@
+"""Flower's client side of split learning: parties ready to use, and the way into a session for one's own training code."""
+
+from vflair_flower.clients.data_party import DataParty, PartyRows
+from vflair_flower.clients.model_party import ModelParty
+from vflair_flower.clients.naming import party_name, role_of
+from vflair_flower.clients.session import PartySession, split_session
+
+__all__ = ["DataParty", "ModelParty", "PartyRows", "PartySession", "party_name", "role_of", "split_session"]

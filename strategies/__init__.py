@@ -1,0 +1,6 @@
+"""Flower strategies that train a model in segments."""
+
+from vflair_flower.strategies.hub_settings import HubSettings
+from vflair_flower.strategies.split_learning import RoundRecord, SplitLearning
+
+__all__ = ["HubSettings", "RoundRecord", "SplitLearning"]

@@ -1,0 +1,207 @@
+"""A data party, ready to use: says hello, trains and evaluates on its own rows.
+
+    def my_rows(context: Context) -> PartyRows: ...
+
+    app = ClientApp()
+    DataParty(my_rows, state_dir=Path("state")).register(app)
+
+B rows per batch, T tokens.  Text and (in Head-Body-Tail) labels never leave this process; what does is in the ledger.
+Invariant: batches and dropout depend on seed, party and step alone, so a resumed job repeats itself.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from vflair_flower.clients.naming import party_name
+from vflair_flower.clients.segment import load_data_segment
+from vflair_flower.clients.session import PartySession, split_session
+from vflair_flower.clients.store import PartyStore
+from vflair_flower.control import DATA_PARTY_ROLE, HELLO, KEY, PartyCard, SessionOffer, package_versions
+from vflair_flower.errors import DataError
+from vflair_flower.partition import trained_state
+from vflair_flower.settings import TaskKind
+from vflair_flower.spec import SplitSpec
+from vflair_flower.tasks import BatchOrder, Row, encode
+from vflair_flower.training import Evaluated, Trained, evaluate, train_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartyRows:
+    """One party's own rows.
+
+    Parameters
+    ----------
+    train, validation, test : tuple[Row, ...]
+        `test` may be empty.
+    label_names : tuple[str, ...]
+        What the labels mean, in order of their index.
+    """
+
+    train: tuple[Row, ...]
+    validation: tuple[Row, ...]
+    test: tuple[Row, ...] = ()
+    label_names: tuple[str, ...]
+
+    def split(self, name: str) -> tuple[Row, ...]:
+        """Return the rows of a split; raise DataError for an unknown or empty one."""
+        rows: dict[str, tuple[Row, ...]] = {"train": self.train, "validation": self.validation, "test": self.test}
+        if not rows.get(name):
+            have = ", ".join(n for n, r in rows.items() if r)
+            raise DataError(f"this party has no rows in the split {name!r}; it has {have}.")
+        return rows[name]
+
+
+class DataParty:
+    """The client side of split learning on labelled texts.
+
+    Parameters
+    ----------
+    rows : callable
+        Returns this node's rows; called for every message, so cache what is slow.
+    state_dir : pathlib.Path or callable
+        Folder of this party's own, for optimiser state between rounds; a callable gets the context.
+    base_dir : pathlib.Path or callable, optional
+        What a relative model folder is relative to.
+    threads : int
+        CPU threads for torch; 0 leaves torch's own choice.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[Context], PartyRows],
+        *,
+        state_dir: Path | Callable[[Context], Path],
+        base_dir: Path | Callable[[Context], Path | None] | None = None,
+        threads: int | Callable[[Context], int] = 0,
+    ) -> None:
+        self._rows = rows
+        self._state_dir = state_dir
+        self._base_dir = base_dir
+        self._threads = threads
+
+    def register(self, app: ClientApp) -> None:
+        """Register `hello`, `train` and `evaluate` with a ClientApp."""
+        app.query(HELLO)(self.hello)
+        app.train()(self.train)
+        app.evaluate()(self.evaluate)
+
+    def hello(self, message: Message, context: Context) -> Message:
+        """Check this party's rows and model against the job, before anything is trained.
+
+        Replies with a `PartyCard` and, where asked, with the initial arrays.
+
+        Raises
+        ------
+        ConfigurationError
+            If rows, labels or model do not fit.
+        """
+        config = message.content["config"]
+        spec = SplitSpec.from_json(str(config["spec"]))
+        rows = self._rows(context)
+        check_labels(rows, spec)
+        counts = {"train": len(rows.train), "validation": len(rows.validation), "test": len(rows.test)}
+        card = PartyCard(party=party_name(context), role=DATA_PARTY_ROLE, rows=counts, versions=package_versions())
+        content = RecordDict({KEY: card.to_record()})
+        if config["want-arrays"]:
+            own = load_data_segment(spec, context, self._base(context))
+            content["arrays"] = ArrayRecord(trained_state(own.model))  # type: ignore[arg-type]
+        return Message(content, reply_to=message)
+
+    def train(self, message: Message, context: Context) -> Message:
+        """Train the round's steps and reply with the trained arrays."""
+        self._set_threads(context)
+        rows = self._rows(context)
+        with split_session(message, context, base_dir=self._base(context)) as session:
+            offer = SessionOffer.from_content(message.content)
+            store = PartyStore(self._state(context), job=offer.job, party=offer.party)
+            trained = train_round(session, rows, store)
+        context.state["vflair"] = ConfigRecord({"round": session.server_round, "step": session.next_step})
+        return session.reply(num_examples=trained.rows, metrics={"loss": trained.loss})
+
+    def evaluate(self, message: Message, context: Context) -> Message:
+        """Evaluate on a split of the party's own rows: ``config["split"]``, validation by default."""
+        self._set_threads(context)
+        config = message.content["config"]
+        rows = self._rows(context).split(str(config.get("split", "validation")))
+        with split_session(message, context, base_dir=self._base(context)) as session:
+            evaluated = evaluate_rows(session, rows)
+            report = session.report()
+        if config.get("report-rows", False):
+            report = replace(report, correct=list(evaluated.correct), row_ids=[row.id for row in rows])
+        metrics = {"loss": evaluated.loss, "accuracy": evaluated.accuracy}
+        return session.reply(num_examples=len(rows), metrics=metrics, report=report)
+
+    def _base(self, context: Context) -> Path | None:
+        return self._base_dir(context) if callable(self._base_dir) else self._base_dir
+
+    def _state(self, context: Context) -> Path:
+        return self._state_dir(context) if callable(self._state_dir) else self._state_dir
+
+    def _set_threads(self, context: Context) -> None:
+        threads = self._threads(context) if callable(self._threads) else self._threads
+        if threads:
+            torch.set_num_threads(threads)
+
+
+def train_round(session: PartySession, rows: PartyRows, store: PartyStore) -> Trained:
+    """Take a round's optimiser steps.
+
+    The optimiser's state comes from the party's store, where it was left after the round before, and goes back there.
+    """
+    settings, spec = session.spec.training, session.spec
+    encoded = encode(rows.train, session.tokenizer, max_tokens=settings.max_tokens)
+    steps = settings.steps_of_round(session.server_round, len(encoded))
+    session.total_steps, session.next_step = settings.total_steps(len(encoded)), steps.start
+    optimizer = spec.optimizer.build(session.trainable_parameters())
+    saved = store.load(session.server_round - 1)
+    if saved is not None:
+        optimizer.load_state_dict(saved["optimizer"])
+    trained = train_steps(
+        session.model,
+        encoded,
+        steps=steps,
+        total_steps=session.total_steps,
+        order=BatchOrder(num_rows=len(encoded), batch_size=settings.batch_size, seed=spec.seed, party=session.party),
+        optimizer=session.attach(optimizer),
+        settings=spec.optimizer,
+        pad_token_id=session.pad_token_id,
+        seed=spec.seed,
+        name=session.party,
+        meter=session.meter,
+    )
+    store.save(session.server_round, {"optimizer": optimizer.state_dict(), "step": session.next_step})
+    return trained
+
+
+def evaluate_rows(session: PartySession, rows: tuple[Row, ...]) -> Evaluated:
+    """Classify rows through the session."""
+    settings = session.spec.training
+    encoded = encode(rows, session.tokenizer, max_tokens=settings.max_tokens)
+    return evaluate(
+        session.model, encoded, batch_size=settings.evaluation_batch_size, pad_token_id=session.pad_token_id
+    )
+
+
+def check_labels(rows: PartyRows, spec: SplitSpec) -> None:
+    """Raise DataError unless a party's labels are those of the job."""
+    if spec.task.kind is not TaskKind.SEQUENCE_CLASSIFICATION:
+        return
+    if rows.label_names != spec.task.label_names:
+        odd = sorted(set(rows.label_names) ^ set(spec.task.label_names))
+        raise DataError(
+            f"this party's data has {len(rows.label_names)} classes and the job {len(spec.task.label_names)}; "
+            f"{'they differ in ' + ', '.join(map(repr, odd[:5])) if odd else 'their order differs'}. The model's task "
+            "head has one output per class of the job: use the same label names, in the same order, at every party."
+        )
+    for split in ("train", "validation", "test"):
+        for row in getattr(rows, split):
+            if not 0 <= row.label < len(spec.task.label_names):
+                raise DataError(
+                    f"row {row.id!r} of the split {split!r} has label {row.label}; the model takes 0 to "
+                    f"{len(spec.task.label_names) - 1}. Correct the row or the label names."
+                )

@@ -1,0 +1,30 @@
+"""A data party's part of the model, loaded as the job says."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context
+from torch import nn
+
+from vflair_flower.partition import Channel, ModelSource, load_config, load_segment, make_trainable, resolve_model
+from vflair_flower.partition.structure import num_blocks
+from vflair_flower.spec import SplitSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSegment:
+    """What a data party owns, in memory and ready for training."""
+
+    spec: SplitSpec
+    source: ModelSource
+    model: nn.Module
+    channel: Channel
+
+
+def load_data_segment(spec: SplitSpec, context: Context, base_dir: Path | None) -> DataSegment:
+    """Load what a data party owns of the job's model; raise ConfigurationError if it cannot be cut or read."""
+    source = resolve_model(str(context.node_config.get("model-path", spec.model)), base_dir)
+    config = load_config(source, spec.task)
+    loaded = load_segment(source, spec.plan.data_party(num_blocks(config)), spec.task, seed=spec.seed)
+    model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+    return DataSegment(spec=spec, source=source, model=model, channel=loaded.channel)

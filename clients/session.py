@@ -1,0 +1,212 @@
+"""The way into a session for a team with its own training code: from a Flower message to a model with holes.
+
+    @app.train()
+    def train(message, context):
+        with split_session(message, context) as session:
+            optimizer = session.attach(torch.optim.AdamW(session.trainable_parameters()))
+            for batch in my_batches:
+                session.model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return session.reply(num_examples=len(my_rows), metrics={"loss": ...})
+
+Leaving the block with an exception tells the hub at once; leaving it well says goodbye.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from torch import nn
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from vflair_flower.clients.segment import DataSegment, load_data_segment
+from vflair_flower.control import KEY, RoundReport, SessionOffer
+from vflair_flower.memory import ActivationMeter, MemoryParts, optimizer_bytes, process_peak_bytes, tensor_bytes
+from vflair_flower.partition import load_tokenizer, load_trained_state, trained_state
+from vflair_flower.remote import RemoteSegment, parameter_counts
+from vflair_flower.session import Agreement, Link, connect
+from vflair_flower.spec import SplitSpec
+
+Number = int | float
+
+
+class PartySession:
+    """A data party's side of an open session; made by `split_session`.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+        The task model with holes (a `PeftModel` under LoRA), global adapters loaded; call it as any transformers model.
+    spec : SplitSpec
+        What the job agreed on.
+    party, server_round, training
+        Who this is and what the session is for.
+    """
+
+    def __init__(self, message: Message, own: DataSegment, remote: RemoteSegment) -> None:
+        offer = SessionOffer.from_content(message.content)
+        self.spec = own.spec
+        self.party = offer.party
+        self.server_round = offer.server_round
+        self.training = offer.training
+        self.model = own.model
+        self.total_steps = 0
+        """Optimiser steps of the whole job, if known: the model party's learning rate follows the same schedule."""
+        self.next_step = 0
+        """Number of the next optimiser step over the whole job; counts up."""
+        self.meter = ActivationMeter(own.model)
+        self._remote = remote
+        self._steps = 0
+        self._started = time.monotonic()
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._reply_to = message
+        self._source = own.source
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer, with a pad token."""
+        return load_tokenizer(self._source)
+
+    @property
+    def pad_token_id(self) -> int:
+        """Id of the token that fills rows up."""
+        return int(self.tokenizer.pad_token_id)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Return what this party trains."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+        """Let the model party step whenever `optimizer` has stepped; returns the optimiser."""
+        optimizer.register_step_post_hook(lambda *_: self.step())
+        self._optimizers.append(optimizer)
+        return optimizer
+
+    def step(self) -> None:
+        """Tell the model party that an optimiser step is due; `attach` does it by itself."""
+        self._remote.step(step=self.next_step, total_steps=self.total_steps)
+        self.next_step += 1
+        self._steps += 1
+
+    def trainer_callback(self) -> TrainerCallback:
+        """Return a callback that does for a Hugging Face `Trainer` what `attach` does for an optimiser."""
+        return _StepWithTrainer(self)
+
+    def report(self) -> RoundReport:
+        """Return what was measured so far."""
+        held, trained = parameter_counts(self.model)
+        return RoundReport(
+            party=self.party,
+            role="data party",
+            steps=self._steps,
+            tokens=self._remote.tokens,
+            seconds=time.monotonic() - self._started,
+            parameters_held=held,
+            parameters_trained=trained,
+            memory=self.memory().to_json(),
+            process_peak_bytes=process_peak_bytes(),
+        )
+
+    def memory(self) -> MemoryParts:
+        """Return the peak memory of this party's segment, by part."""
+        trained = self.trainable_parameters() if self.training else []
+        return MemoryParts(
+            parameters=tensor_bytes(self.model.parameters()),
+            gradients=tensor_bytes(trained),
+            optimizer=sum(optimizer_bytes(o) for o in self._optimizers),
+            activations=self.meter.peak_bytes,
+        )
+
+    def reply(
+        self,
+        *,
+        num_examples: int,
+        metrics: Mapping[str, Number] | None = None,
+        report: RoundReport | None = None,
+    ) -> Message:
+        """Return the Flower reply: trained arrays (after training), metrics, and what was measured.
+
+        Parameters
+        ----------
+        num_examples : int
+            Rows trained or evaluated on; the aggregator's weight.
+        metrics : mapping, optional
+            More numbers for the aggregator to average.
+        report : RoundReport, optional
+            As `report()` by default.
+        """
+        values: dict[str, Any] = {"num-examples": num_examples, **(metrics or {})}
+        content = RecordDict({"metrics": MetricRecord(values), KEY: (report or self.report()).to_record()})
+        if self.training:
+            content["arrays"] = ArrayRecord(trained_state(self.model))  # type: ignore[arg-type]
+        return Message(content, reply_to=self._reply_to)
+
+
+@contextmanager
+def split_session(message: Message, context: Context, *, base_dir: Path | None = None) -> Iterator[PartySession]:
+    """Open the session that a train or evaluate message invites to.
+
+    Parameters
+    ----------
+    message : flwr.app.Message
+        Sent by `vflair_flower.strategies.SplitLearning`.
+    context : flwr.app.Context
+        The node's; ``node_config["model-path"]`` overrides where this party finds the model.
+    base_dir : pathlib.Path, optional
+        What a relative model folder is relative to.
+
+    Yields
+    ------
+    PartySession
+        With the model ready to be trained or evaluated.
+
+    Raises
+    ------
+    ConfigurationError
+        If the message is not ours, or this party's model does not fit the job.
+    SessionError
+        If the hub cannot be reached, refuses the ticket, or goes away.
+    """
+    offer = SessionOffer.from_content(message.content)
+    own = load_data_segment(SplitSpec.from_json(offer.spec), context, base_dir)
+    arrays = next(iter(message.content.array_records.values()), None)
+    if arrays:
+        load_trained_state(own.model, arrays.to_torch_state_dict())
+    own.model.train(offer.training)
+    with connect_to(offer) as link:
+        remote = RemoteSegment(link, own.spec)
+        own.channel.call = remote
+        try:
+            yield PartySession(message, own, remote)
+            remote.finish()
+        finally:
+            own.channel.call = None
+
+
+def connect_to(offer: SessionOffer) -> Link:
+    """Dial the hub of an offer; raises TicketError or SessionError if it does not let this party in."""
+    return connect(
+        offer.address,
+        session=offer.session,
+        party=offer.party,
+        ticket=offer.ticket,
+        agreement=Agreement.from_json(offer.agreement),
+        deadline_s=offer.deadline_s,
+        root_certificates=offer.root_certificates.encode() or None,
+        allow_plaintext=offer.allow_plaintext,
+    )
+
+
+class _StepWithTrainer(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, session: PartySession) -> None:
+        self._session = session
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Step at the model party, right after the step here."""
+        self._session.step()

@@ -1,0 +1,93 @@
+"""The unsplit baseline: the whole model, trained in one place on the joined rows for the same number of passes.
+
+It starts from the very same parameters (drawn by global name), runs the same loop with the same settings, and takes
+the batch that the parties' batches make together.  It exists to be compared with; in a deployment nobody could run it.
+"""
+
+import os
+import time
+from dataclasses import dataclass
+from logging import INFO
+
+import torch
+from flwr.common.logger import log
+
+from simulations.settings import JobSettings
+from vflair_flower.memory import ActivationMeter
+from vflair_flower.partition import Segment, load_config, load_segment, load_tokenizer, make_trainable, resolve_model
+from vflair_flower.partition.structure import num_blocks
+from vflair_flower.spec import SplitSpec
+from vflair_flower.tasks import BatchOrder, TextDataset, encode
+from vflair_flower.training import Evaluated, evaluate, train_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnsplitRound:
+    """One round's worth of the baseline's training."""
+
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unsplit:
+    """What the baseline reached."""
+
+    rounds: tuple[UnsplitRound, ...]
+    final: Evaluated
+    row_ids: tuple[str, ...]
+    seconds: float
+
+
+def whole_segment(blocks: int) -> Segment:
+    """Return the segment that is the unsplit model."""
+    return Segment(blocks=tuple(range(blocks)), num_blocks=blocks, embedding=True, task_head=True)
+
+
+def train_unsplit(settings: JobSettings, spec: SplitSpec, data: TextDataset, *, final_split: str) -> Unsplit:
+    """Train and evaluate the baseline; `final_split` names the rows of the final figure."""
+    torch.set_num_threads(os.cpu_count() or 1)
+    started = time.monotonic()
+    source = resolve_model(spec.model, settings.base)
+    blocks = num_blocks(load_config(source, spec.task))
+    loaded = load_segment(source, whole_segment(blocks), spec.task, seed=spec.seed)
+    model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+    tokenizer = load_tokenizer(source)
+    pad, training = int(tokenizer.pad_token_id), spec.training
+    encoded = {name: encode(rows, tokenizer, max_tokens=training.max_tokens) for name, rows in data.splits.items()}
+    joined_batch = training.batch_size * settings.parties
+    order = BatchOrder(num_rows=len(encoded["train"]), batch_size=joined_batch, seed=spec.seed, party="joined")
+    if training.local_steps:
+        total = training.rounds * training.local_steps
+    else:
+        total = max(1, round(training.passes * order.steps_per_epoch))
+    optimizer = spec.optimizer.build([p for p in model.parameters() if p.requires_grad])
+    meter = ActivationMeter(model)
+    rounds = []
+    for index in range(training.rounds):
+        model.train()
+        trained = train_steps(
+            model,
+            encoded["train"],
+            steps=range(total * index // training.rounds, total * (index + 1) // training.rounds),
+            total_steps=total,
+            order=order,
+            optimizer=optimizer,
+            settings=spec.optimizer,
+            pad_token_id=pad,
+            seed=spec.seed,
+            name="joined",
+            meter=meter,
+        )
+        held_out = evaluate(model, encoded["validation"], batch_size=training.evaluation_batch_size, pad_token_id=pad)
+        rounds.append(UnsplitRound(loss=trained.loss, accuracy=held_out.accuracy))
+        log(
+            INFO, "unsplit %d/%d  loss %.3f  accuracy %.3f", index + 1, training.rounds, trained.loss, held_out.accuracy
+        )
+    final = evaluate(model, encoded[final_split], batch_size=training.evaluation_batch_size, pad_token_id=pad)
+    return Unsplit(
+        rounds=tuple(rounds),
+        final=final,
+        row_ids=tuple(row.row_id for row in encoded[final_split]),
+        seconds=time.monotonic() - started,
+    )

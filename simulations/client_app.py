@@ -1,0 +1,49 @@
+"""The Flower ClientApp of the main job: a node is a data party or, if the job says so, the model party."""
+
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from simulations.rows import rows_of_party
+from simulations.settings import JobSettings
+from vflair_flower.clients import DataParty, ModelParty, PartyRows, role_of
+from vflair_flower.control import HELLO, MODEL_PARTY_ROLE, SERVE
+
+
+def _settings(context: Context) -> JobSettings:
+    return JobSettings.from_run_config(context.run_config)
+
+
+def _rows(context: Context) -> PartyRows:
+    return rows_of_party(_settings(context), int(context.node_config["partition-id"]))
+
+
+def _state_dir(context: Context) -> Path:
+    return _settings(context).runs_dir / ".parties"
+
+
+def _base_dir(context: Context) -> Path:
+    return _settings(context).base
+
+
+def _threads(context: Context) -> int:
+    return _settings(context).threads
+
+
+data_party = DataParty(_rows, state_dir=_state_dir, base_dir=_base_dir, threads=_threads)
+model_party = ModelParty(state_dir=_state_dir, base_dir=_base_dir, threads=_threads)
+
+app = ClientApp()
+
+
+@app.query(HELLO)
+def hello(message: Message, context: Context) -> Message:
+    """Say who this node is."""
+    party = model_party if role_of(context) == MODEL_PARTY_ROLE else data_party
+    return party.hello(message, context)
+
+
+app.train()(data_party.train)
+app.evaluate()(data_party.evaluate)
+app.train(SERVE)(model_party.serve)

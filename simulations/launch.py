@@ -1,0 +1,210 @@
+"""`make run`: run the main job with `flwr run`, in a Flower home of this project's own, and say how it ended.
+
+`flwr run --stream` alone would start a daemon that stays and answers for other versions later, install the app's
+dependencies anew for each run, and exit with 0 when the run failed.  Here a SuperLink of our own lives for exactly one
+run, and the exit code is the run's.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from flwr.cli.config_utils import load_and_validate
+from flwr.common.config import fuse_dicts, parse_config_args
+
+from simulations.settings import JobSettings, new_run_id
+from vflair_flower.errors import ConfigurationError
+
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / ".flwr"
+CONNECTION = "vflair"
+_START_S = 60.0
+
+
+def main(
+    run_config: Annotated[
+        list[str] | None,
+        typer.Option(help="Settings that differ, such as \"data='folder' seed=1\", or a TOML file; repeatable."),
+    ] = None,
+) -> None:
+    """Run the main job and exit with 0 only if it finished."""
+    try:
+        settings = _settings(run_config or [])
+        _check(settings)
+    except (ConfigurationError, ValueError, typer.BadParameter) as error:
+        _fail(str(error))
+    run_id = settings.resume or settings.run_id or new_run_id()
+    extra = {"run-id": "" if settings.resume else run_id, "base-dir": settings.base_dir or str(Path.cwd())}
+    configs = [*(run_config or []), " ".join(f"{key}={json.dumps(value)}" for key, value in extra.items())]
+    with _superlink() as (environment, log_file):
+        command = [_tool("flwr"), "run", str(ROOT), CONNECTION, "--stream"]
+        command += [part for config in configs for part in ("--run-config", config)]
+        command += ["--federation-config", _federation(settings)]
+        code = subprocess.run(command, env=environment, check=False).returncode
+        status = _status(environment)
+    run_dir = (Path(extra["base-dir"]) / settings.runs).resolve() / run_id
+    if code == 0 and status == "finished:completed" and (run_dir / "result.json").is_file():
+        return
+    _fail(_cause(run_dir, status, code), log_file)
+
+
+def _settings(run_config: list[str]) -> JobSettings:
+    """Read the settings as Flower will, so that what is wrong is said before anything starts."""
+    loaded = load_and_validate(ROOT / "pyproject.toml", check_module=False)
+    project: dict[str, Any] = loaded[0] if isinstance(loaded, tuple) else loaded
+    defaults = project["tool"]["flwr"]["app"]["config"]
+    overrides = parse_config_args(run_config or None)
+    unknown = sorted(set(overrides) - set(defaults))
+    if unknown:
+        raise ConfigurationError(
+            f"there is no setting {', '.join(map(repr, unknown))}; there are {', '.join(sorted(defaults))}."
+        )
+    return JobSettings.from_run_config(fuse_dicts(defaults, overrides))
+
+
+def _check(settings: JobSettings) -> None:
+    """Find what is wrong with the settings before a daemon is started for them."""
+    from simulations.rows import load_dataset
+    from vflair_flower.partition import resolve_model
+    from vflair_flower.partition.footprint import footprint
+
+    data = load_dataset(settings)
+    footprint(resolve_model(settings.model, settings.base), settings.spec(data.label_names))
+
+
+@contextmanager
+def _superlink() -> Iterator[tuple[dict[str, str], Path]]:
+    """Run a SuperLink for this run alone; yields the environment that leads to it, and its log file."""
+    HOME.mkdir(exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix="run-", dir=HOME))
+    port = _free_port()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\n'
+        f'address = "127.0.0.1:{port}"\ninsecure = true\nfederation = "@none/default"\n'
+    )
+    environment = {
+        **os.environ,
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "RAY_DEDUP_LOGS": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    log_file = home / "superlink.log"
+    command = [_tool("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--database", str(home / "state.db")]
+    with log_file.open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, cwd=home, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _wait_until_up(process, port, log_file)
+        yield environment, log_file
+    finally:
+        _stop(process)
+        kept = HOME / "superlink.log"
+        shutil.copyfile(log_file, kept)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _wait_until_up(process: subprocess.Popen[bytes], port: int, log_file: Path) -> None:
+    limit = time.monotonic() + _START_S
+    while time.monotonic() < limit:
+        if process.poll() is not None:
+            raise RuntimeError(f"Flower's SuperLink ended with code {process.returncode}; see {log_file}.")
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise RuntimeError(f"Flower's SuperLink did not answer within {_START_S:g} s; see {log_file}.")
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the SuperLink and all that it started."""
+    import psutil
+
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        try:
+            member.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    _, alive = psutil.wait_procs(family, timeout=10)
+    for member in alive:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _status(environment: dict[str, str]) -> str:
+    """Return how Flower says that the run ended: ``finished:completed`` or something else."""
+    listed = subprocess.run(
+        [_tool("flwr"), "list", str(ROOT), CONNECTION, "--format", "json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    try:
+        runs = json.loads(listed.stdout)["runs"]
+        return str(runs[0]["status"]) if runs else "not started"
+    except (ValueError, KeyError, IndexError):
+        return "unknown"
+
+
+def _federation(settings: JobSettings) -> str:
+    nodes = settings.num_nodes
+    return (
+        f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus=0.0 init-args-num-cpus={nodes}"
+    )
+
+
+def _cause(run_dir: Path, status: str, code: int) -> str:
+    error_file = run_dir / "error.json"
+    if error_file.is_file():
+        error = json.loads(error_file.read_text())
+        return f"{error['type']}: {error['message']}"
+    return f"Flower says that the run is {status!r} (flwr exited with {code}) and it left no result in {run_dir}."
+
+
+def _tool(name: str) -> str:
+    """Return the path of a program of this very environment."""
+    own = Path(sys.executable).parent / name
+    return str(own) if own.exists() else shlex.quote(name)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _fail(cause: str, log_file: Path | None = None) -> None:
+    typer.secho(f"\nThe run failed: {cause}", err=True, fg=typer.colors.RED)
+    if log_file is not None:
+        typer.secho(f"Flower's own log: {HOME / 'superlink.log'}", err=True)
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)

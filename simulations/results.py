@@ -1,0 +1,238 @@
+"""Put a finished job's figures together: `result.json`, the merged adapter, the report."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from simulations.baseline import Unsplit
+from simulations.settings import JobSettings
+from vflair_flower import __version__
+from vflair_flower.control import RoundReport
+from vflair_flower.memory import MemoryParts
+from vflair_flower.partition import save_merged_adapter
+from vflair_flower.partition.footprint import Footprint
+from vflair_flower.partition.structure import num_blocks
+from vflair_flower.report import (
+    ControlTraffic,
+    DataSummary,
+    Interval,
+    MetricSummary,
+    ModelSummary,
+    PartySummary,
+    PeakMemory,
+    Result,
+    RoundSummary,
+    TrafficEntry,
+    TrafficSummary,
+    observer_table,
+)
+from vflair_flower.settings import LoraSettings
+from vflair_flower.spec import SplitSpec
+from vflair_flower.strategies import SplitLearning
+from vflair_flower.tasks import Interval as Estimate
+from vflair_flower.tasks import TextDataset, bootstrap_interval, majority_accuracy, paired_bootstrap_difference
+
+_PACKAGES = ("flwr", "torch", "transformers", "peft", "safetensors", "numpy", "grpcio", "ray", "flwr-datasets")
+
+
+def make_result(
+    *,
+    settings: JobSettings,
+    spec: SplitSpec,
+    data: TextDataset,
+    strategy: SplitLearning,
+    final_reports: list[RoundReport],
+    unsplit: Unsplit | None,
+    final_split: str,
+    model_name: str,
+    footprint: Footprint,
+    run_id: str,
+    duration_s: float,
+) -> Result:
+    """Return the job's result; see docs/result.md for the meaning of each field."""
+    entries = tuple(
+        TrafficEntry.from_json({**asdict(e), "max_shape": list(e.max_shape)}) for e in strategy.ledger.entries()
+    )
+    control = ControlTraffic(bytes=strategy.control_bytes, messages=strategy.control_messages)
+    plan = spec.plan
+    blocks = num_blocks(strategy.config)
+    parties = sorted({report.party for report in strategy.reports.values() if report.role == "data party"})
+    return Result(
+        run_id=run_id,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        duration_s=duration_s,
+        status="completed",
+        settings=settings.to_flat(),
+        seed=settings.seed,
+        versions=_versions(),
+        model=ModelSummary(
+            name=model_name,
+            family=strategy.config.model_type,
+            num_blocks=blocks,
+            parameters=footprint.whole_parameters,
+            partition=plan.mode.value,
+            head_blocks=plan.head_blocks,
+            body_blocks=blocks - plan.head_blocks - plan.tail_blocks,
+            tail_blocks=plan.tail_blocks,
+            tuning=_tuning(spec.tuning),
+            trainable_parameters=footprint.whole_trained,
+        ),
+        data=DataSummary(
+            name=data.name,
+            partition=settings.data_partition,
+            classes=len(data.label_names),
+            rows={name: len(rows) for name, rows in data.splits.items()},
+            evaluated_on=final_split,
+        ),
+        metric=_metric(data, final_reports, unsplit, final_split, settings.seed),
+        rounds=_rounds(strategy, unsplit),
+        traffic=TrafficSummary(
+            total_bytes=strategy.ledger.total(),
+            messages=sum(e.messages for e in entries if e.tensor == "header"),
+            entries=entries,
+            control=control,
+        ),
+        parties=_parties(strategy, spec, final_reports),
+        observers=observer_table(
+            entries,
+            partition=plan.mode.value,
+            num_blocks=blocks,
+            head_blocks=plan.head_blocks,
+            tail_blocks=plan.tail_blocks,
+            body_host=settings.model_party,
+            tls=False,
+            loopback=True,
+            adapters=parties,
+            control=control,
+        ),
+    )
+
+
+def write_adapter(folder: Path, strategy: SplitLearning, spec: SplitSpec) -> Path | None:
+    """Write all segments' trained parameters into one folder; None if a node holds the body and keeps it."""
+    body = strategy.body_state()
+    if body is None:
+        return None
+    data_state = dict(strategy.arrays.to_torch_state_dict())
+    if spec.tuning is not None:
+        save_merged_adapter(folder, [data_state, body], strategy.config, spec.tuning, spec.task)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.contiguous() for n, t in {**data_state, **body}.items()}, folder / "trained.safetensors")
+    return folder
+
+
+def point_latest(run_dir: Path) -> None:
+    """Let runs/latest point to a run."""
+    draft = run_dir.parent / f".latest-{run_dir.name}"
+    draft.unlink(missing_ok=True)
+    draft.symlink_to(run_dir.name, target_is_directory=True)
+    os.replace(draft, run_dir.parent / "latest")
+
+
+def write_secrets(path: Path, data: TextDataset) -> None:
+    """Write down which secrets were planted, so that an audit can look for them; nothing where there are none."""
+    if data.secrets:
+        path.write_text(json.dumps([asdict(secret) for secret in data.secrets], indent=1))
+
+
+def _metric(
+    data: TextDataset, reports: list[RoundReport], unsplit: Unsplit | None, final_split: str, seed: int
+) -> MetricSummary:
+    correct = {i: c for report in reports for i, c in zip(report.row_ids, report.correct, strict=True)}
+    ids = sorted(correct)
+    split_correct = [correct[i] for i in ids]
+    split = bootstrap_interval(split_correct, seed=seed)
+    majority = majority_accuracy(
+        [row.label for row in data.splits["train"]], [row.label for row in data.splits[final_split]]
+    )
+    whole = difference = None
+    if unsplit is not None:
+        own = dict(zip(unsplit.row_ids, unsplit.final.correct, strict=True))
+        unsplit_correct = [own[i] for i in ids]
+        whole = bootstrap_interval(unsplit_correct, seed=seed)
+        difference = paired_bootstrap_difference(split_correct, unsplit_correct, seed=seed)
+    return MetricSummary(
+        name="accuracy",
+        split=split.estimate,
+        unsplit=None if whole is None else whole.estimate,
+        majority=majority,
+        chance=1 / len(data.label_names),
+        n=len(ids),
+        split_interval=_interval(split),
+        unsplit_interval=None if whole is None else _interval(whole),
+        difference=None if whole is None else split.estimate - whole.estimate,
+        difference_interval=None if difference is None else _interval(difference),
+    )
+
+
+def _interval(estimate: Estimate) -> Interval:
+    return Interval(low=estimate.low, high=estimate.high, confidence=estimate.confidence, method=estimate.method)
+
+
+def _rounds(strategy: SplitLearning, unsplit: Unsplit | None) -> tuple[RoundSummary, ...]:
+    rounds = []
+    for index, record in enumerate(strategy.history):
+        own = unsplit.rounds[index] if unsplit is not None and index < len(unsplit.rounds) else None
+        rounds.append(
+            RoundSummary(
+                round=record.server_round,
+                steps=record.steps,
+                loss=record.train_metrics.get("loss"),
+                unsplit_loss=own.loss if own else None,
+                metric=record.evaluate_metrics.get("accuracy"),
+                unsplit_metric=own.accuracy if own else None,
+                seconds=record.seconds,
+                tokens=record.tokens,
+                tokens_per_s=record.tokens / max(record.seconds.get("train", 0.0), 1e-9),
+                sent_bytes=record.sent_bytes,
+                lost_parties=tuple(sorted(record.lost)),
+            )
+        )
+    return tuple(rounds)
+
+
+def _parties(strategy: SplitLearning, spec: SplitSpec, final_reports: list[RoundReport]) -> tuple[PartySummary, ...]:
+    blocks = num_blocks(strategy.config)
+    own_metric = {r.party: sum(r.correct) / len(r.correct) for r in final_reports if r.correct}
+    rows = {card.party: card.rows.get("train") for card in strategy.cards.values()}
+    summaries = []
+    for report in sorted(strategy.reports.values(), key=lambda r: (r.role, r.party)):
+        is_data = report.role == "data party"
+        segment = spec.plan.data_party(blocks) if is_data else spec.plan.model_party(blocks)
+        memory = MemoryParts(**report.memory)
+        summaries.append(
+            PartySummary(
+                name=report.party,
+                role="data party" if is_data else "model party",
+                rows=rows.get(report.party) if is_data else None,
+                owns=segment.describe(),
+                parameters_held=report.parameters_held,
+                parameters_trained=report.parameters_trained,
+                peak_memory_bytes=memory.total,
+                peak_memory=PeakMemory(**report.memory),
+                process_peak_bytes=report.process_peak_bytes,
+                metric=own_metric.get(report.party),
+            )
+        )
+    return tuple(summaries)
+
+
+def _tuning(tuning: LoraSettings | None) -> str:
+    return "all parameters" if tuning is None else f"LoRA r={tuning.rank}"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "vflair-flower": __version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,152 @@
+"""The settings of the main job, as they come from Flower's run configuration (`[tool.flwr.app.config]`)."""
+
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from vflair_flower.errors import ConfigurationError
+from vflair_flower.partition import PartitionPlan
+from vflair_flower.partition.plan import parse_mode
+from vflair_flower.settings import LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings, one_of
+from vflair_flower.spec import SplitSpec
+from vflair_flower.tasks import DealSettings
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobSettings:
+    """One value per key of the run configuration; see the comments there."""
+
+    data: str
+    text_column: str
+    label_column: str
+    data_partition: str
+    alpha: float
+    model: str
+    parties: int
+    model_party: str
+    mode: str
+    head_blocks: int
+    tail_blocks: int
+    body_mode: str
+    lora_rank: int
+    lora_alpha: int
+    lora_dropout: float
+    lora_targets: str
+    optimizer: str
+    learning_rate: float
+    weight_decay: float
+    schedule: str
+    warmup_fraction: float
+    rounds: int
+    passes: float
+    local_steps: int
+    batch_size: int
+    evaluation_batch_size: int
+    max_tokens: int
+    wire_dtype: str
+    seed: int
+    unsplit: bool
+    threads: int
+    deadline_s: float
+    on_party_lost: str
+    hub_bind: str
+    runs: str
+    run_id: str
+    resume: str
+    base_dir: str
+
+    def __post_init__(self) -> None:
+        one_of("data-partition", self.data_partition, ("iid", "label-skew", "quantity-skew"))
+        one_of("model-party", self.model_party, ("strategy", "node"))
+        if self.parties < 1:
+            raise ConfigurationError(f"parties is {self.parties}; a job needs at least one data party.")
+        if self.resume and self.run_id not in ("", self.resume):
+            raise ConfigurationError(
+                f"resume is {self.resume!r} and run-id {self.run_id!r}; a resumed run keeps its id."
+            )
+        parse_mode(self.mode)
+
+    @classmethod
+    def from_run_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read the run configuration; raise ConfigurationError for a value of the wrong kind."""
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            key = field.name.replace("_", "-")
+            if key not in config:
+                raise ConfigurationError(f"the run configuration has no {key!r}; it is set in pyproject.toml.")
+            value = config[key]
+            wanted: Any = field.type
+            if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            if type(value) is not wanted:
+                raise ConfigurationError(
+                    f"{key} is {value!r}; it takes a value of type {wanted.__name__}. "
+                    "In --run-config write text in quotes, numbers and true/false without."
+                )
+            values[field.name] = value
+        return cls(**values)
+
+    def to_flat(self) -> dict[str, Any]:
+        """Return the settings by their names in the run configuration."""
+        return {field.name.replace("_", "-"): getattr(self, field.name) for field in fields(self)}
+
+    @property
+    def base(self) -> Path:
+        """What relative paths are relative to."""
+        return Path(self.base_dir) if self.base_dir else Path.cwd()
+
+    @property
+    def runs_dir(self) -> Path:
+        """Folder of all runs, absolute."""
+        return (self.base / Path(self.runs).expanduser()).resolve()
+
+    @property
+    def num_nodes(self) -> int:
+        """Flower nodes that the job needs."""
+        return self.parties + (self.model_party == "node")
+
+    def deal_settings(self) -> DealSettings:
+        """How rows are dealt to the parties."""
+        return DealSettings(kind=self.data_partition, alpha=self.alpha, seed=self.seed)  # type: ignore[arg-type]
+
+    def spec(self, label_names: tuple[str, ...]) -> SplitSpec:
+        """Return what all parties agree on."""
+        targets = tuple(name.strip() for name in self.lora_targets.split(",") if name.strip())
+        lora = (
+            None
+            if not self.lora_rank
+            else LoraSettings(
+                rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout, target_modules=targets
+            )
+        )
+        return SplitSpec(
+            model=self.model,
+            plan=PartitionPlan(mode=parse_mode(self.mode), head_blocks=self.head_blocks, tail_blocks=self.tail_blocks),
+            task=TaskSettings(label_names=label_names),
+            tuning=lora,
+            optimizer=OptimizerSettings(
+                name=self.optimizer,
+                learning_rate=self.learning_rate,
+                weight_decay=self.weight_decay,
+                schedule=self.schedule,
+                warmup_fraction=self.warmup_fraction,
+            ),
+            training=TrainingSettings(
+                rounds=self.rounds,
+                passes=self.passes,
+                local_steps=self.local_steps,
+                batch_size=self.batch_size,
+                evaluation_batch_size=self.evaluation_batch_size,
+                max_tokens=self.max_tokens,
+            ),
+            wire_dtype=self.wire_dtype,
+            seed=self.seed,
+        )
+
+
+def new_run_id() -> str:
+    """Return an id that sorts by time: ``20260102-030405-a1b2``."""
+    return f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"

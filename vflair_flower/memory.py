@@ -1,0 +1,87 @@
+"""What a segment's training needs in memory, measured: parameters, gradients, optimiser state and activations.
+
+Bytes throughout.  Not here: the process as a whole (interpreter, libraries), which `process_peak_bytes` tells.
+"""
+
+import resource
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryParts:
+    """Peak bytes by what they are for; `total` is their sum."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.activations
+
+    def to_json(self) -> dict[str, int]:
+        """Return the parts by name."""
+        return asdict(self)
+
+
+class ActivationMeter:
+    """Counts the bytes that autograd keeps for the backward pass; parameters are not counted.
+
+    Measuring costs a Python call per kept tensor, so each input shape is measured once and remembered.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self._by_shape: dict[tuple[int, ...], int] = {}
+        self.peak_bytes = 0
+        self._live: dict[object, int] = {}
+
+    @contextmanager
+    def measure(self, shape: Iterable[int], key: object) -> Iterator[None]:
+        """Measure the forward pass run inside; what it keeps counts as live until `release(key)`."""
+        shape = tuple(shape)
+        if shape in self._by_shape:
+            yield
+        else:
+            seen: dict[int, int] = {}
+
+            def pack(tensor: Tensor) -> Tensor:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in self._parameters:
+                    seen[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                yield
+            self._by_shape[shape] = sum(seen.values())
+        self._live[key] = self._by_shape[shape]
+        self.peak_bytes = max(self.peak_bytes, sum(self._live.values()))
+
+    def release(self, key: object) -> None:
+        """Count what was kept under `key` as freed."""
+        self._live.pop(key, None)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the bytes of tensors, those that share storage counted once."""
+    return sum({t.untyped_storage().data_ptr(): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the bytes of an optimiser's state."""
+    states = (v for state in optimizer.state.values() for v in state.values())
+    return sum(v.numel() * v.element_size() for v in states if isinstance(v, Tensor))
+
+
+def process_peak_bytes() -> int:
+    """Return the most resident memory that this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

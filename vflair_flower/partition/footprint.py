@@ -1,0 +1,108 @@
+"""Who will hold what, before anything is loaded: parameters, memory and bytes per step, by formula.
+
+Models are built on torch's meta device, which holds shapes and no numbers; a 70-billion-parameter model is planned in
+seconds on a laptop.  B rows per party and step, T tokens per row, D hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vflair_flower.partition.adapters import make_trainable
+from vflair_flower.partition.cut import cut
+from vflair_flower.partition.loading import LoadedSegment, task_class
+from vflair_flower.partition.plan import Mode, Segment
+from vflair_flower.partition.sources import ModelSource, load_config
+from vflair_flower.partition.structure import hidden_size, num_blocks
+from vflair_flower.settings import TaskKind
+from vflair_flower.spec import WIRE_DTYPES, SplitSpec
+
+_FLOAT_BYTES = 4
+_MOMENTS = {"adamw": 2, "sgd": 0}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one party holds."""
+
+    owns: str
+    parameters: int
+    trained: int
+    parameter_bytes: int
+    training_bytes: int
+    """Gradients and optimiser state."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """A plan in numbers; bytes per step are those of one party's step, both directions, headers not counted."""
+
+    model: str
+    family: str
+    num_blocks: int
+    whole_parameters: int
+    whole_trained: int
+    data_party: Share
+    model_party: Share
+    up_bytes_per_step: int
+    down_bytes_per_step: int
+
+
+def footprint(source: ModelSource, spec: SplitSpec) -> Footprint:
+    """Work out who holds what.
+
+    Parameters
+    ----------
+    source : ModelSource
+        Only its configuration is read.
+    spec : SplitSpec
+        The job; batches are taken full and `max_tokens` long, so traffic is an upper bound.
+
+    Raises
+    ------
+    ConfigurationError
+        If the model is unknown or the cut misses it.
+    """
+    config = load_config(source, spec.task)
+    blocks = num_blocks(config)
+    whole = Segment(blocks=tuple(range(blocks)), num_blocks=blocks, embedding=True, task_head=True)
+    whole_share = _share(source, whole, spec)
+    rows, tokens = spec.training.batch_size, spec.training.max_tokens
+    item = WIRE_DTYPES[spec.wire_dtype].itemsize
+    hidden = rows * tokens * hidden_size(config) * item
+    if spec.plan.mode is Mode.HBT:
+        answer = hidden
+    elif spec.task.kind is TaskKind.CAUSAL_LM:
+        answer = rows * tokens * int(config.get_text_config().vocab_size) * item
+    else:
+        answer = rows * len(spec.task.label_names) * item
+    return Footprint(
+        model=source.name,
+        family=config.model_type,
+        num_blocks=blocks,
+        whole_parameters=whole_share.parameters,
+        whole_trained=whole_share.trained,
+        data_party=_share(source, spec.plan.data_party(blocks), spec),
+        model_party=_share(source, spec.plan.model_party(blocks), spec),
+        up_bytes_per_step=hidden + rows * tokens + answer,
+        down_bytes_per_step=answer + hidden,
+    )
+
+
+def _share(source: ModelSource, segment: Segment, spec: SplitSpec) -> Share:
+    config = load_config(source, spec.task)
+    with torch.device("meta"):
+        model = task_class(config, spec.task)(config)
+        loaded = LoadedSegment(model, segment, cut(model, segment), ())
+        tuned: nn.Module = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+    parameters = list({id(p): p for p in tuned.parameters()}.values())
+    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    held = sum(p.numel() for p in parameters)
+    return Share(
+        owns=segment.describe(),
+        parameters=held,
+        trained=trained,
+        parameter_bytes=held * _FLOAT_BYTES,
+        training_bytes=trained * _FLOAT_BYTES * (1 + _MOMENTS[spec.optimizer.name]),
+    )

@@ -1,0 +1,277 @@
+"""How a body that several data parties train at once is updated: three ways, one interface.
+
+| mode          | optimiser steps                                                          | known as               |
+|---------------|--------------------------------------------------------------------------|------------------------|
+| `synchronous` | one per global step, on the mean over all parties' rows                  | centralised training   |
+| `sequential`  | one per party's step, parties in turn                                    | SplitFed-V2            |
+| `replicated`  | one per party's step on that party's own copy; copies averaged per round | SplitFed-V1            |
+
+SplitFed: Thapa et al., arXiv 2004.12088.  Where we differ: `sequential` takes the parties in the order of their names,
+not in random order, so that a run can be repeated; `replicated` copies only what is trained.
+Invariant: the result does not depend on which party was quicker.
+"""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor, nn
+
+from vflair_flower.remote.schedule import Barrier, Turns
+from vflair_flower.settings import OptimizerSettings
+
+Gradients = dict[str, Tensor]
+
+
+class BodyMode(StrEnum):
+    """See the table above."""
+
+    SYNCHRONOUS = "synchronous"
+    SEQUENTIAL = "sequential"
+    REPLICATED = "replicated"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRequest:
+    """A party's word that an optimiser step is due."""
+
+    rows: int
+    step: int
+    total_steps: int
+
+
+class Update(ABC):
+    """Holds the trained parameters' optimisers over the whole job, and the parties' gradients within a session."""
+
+    def __init__(self, module: nn.Module, optimizer: OptimizerSettings) -> None:
+        self.module = module
+        self.settings = optimizer
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.steps_taken = 0
+        self._gradients: dict[str, Gradients] = {}
+        self._lock = threading.Lock()
+
+    @abstractmethod
+    def begin(self, parties: Sequence[str], deadline_s: float) -> None:
+        """Start a training session."""
+
+    @abstractmethod
+    def step(self, party: str, request: StepRequest) -> None:
+        """Take the party's step; returns when it is taken."""
+
+    @abstractmethod
+    def leave(self, party: str, *, lost: bool) -> None:
+        """Let a party go that is done or lost; what it had not stepped with is dropped."""
+
+    @abstractmethod
+    def state(self) -> dict[str, object]:
+        """Return the optimisers' state for a checkpoint."""
+
+    @abstractmethod
+    def load_state(self, state: Mapping[str, object]) -> None:
+        """Put back what `state` returned."""
+
+    def before_forward(self, party: str) -> None:
+        """Wait until the party may run a differentiable forward pass."""
+
+    def parameters_of(self, party: str) -> dict[str, nn.Parameter]:
+        """Return the trained parameters that the party's calls run on, by name."""
+        return self.parameters
+
+    def end(self) -> None:
+        """End the session; parties are gone."""
+
+    def add_gradients(self, party: str, gradients: Gradients) -> None:
+        """Add the gradients of one backward pass to what the party steps with next."""
+        with self._lock:
+            own = self._gradients.setdefault(party, {})
+            for name, gradient in gradients.items():
+                own[name] = own[name] + gradient if name in own else gradient
+
+    def optimizer_bytes(self) -> int:
+        """Return the bytes of all optimisers' state."""
+        return sum(
+            value.numel() * value.element_size()
+            for optimizer in self._optimizers()
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+
+    @abstractmethod
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return all optimisers."""
+
+    def _take(self, party: str) -> Gradients:
+        with self._lock:
+            return self._gradients.pop(party, {})
+
+    def _apply(
+        self,
+        optimizer: torch.optim.Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        gradients: Gradients,
+        request: StepRequest,
+    ) -> None:
+        rate = self.settings.learning_rate
+        if request.total_steps:
+            rate = self.settings.rate(request.step, request.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        for name, parameter in parameters.items():
+            parameter.grad = gradients.get(name)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with self._lock:
+            self.steps_taken += 1
+
+
+class _SharedOptimizer(Update):
+    """One optimiser over one set of parameters."""
+
+    def __init__(self, module: nn.Module, optimizer: OptimizerSettings) -> None:
+        super().__init__(module, optimizer)
+        self._optimizer = optimizer.build(list(self.parameters.values()))
+
+    def state(self) -> dict[str, object]:
+        return {"optimizer": self._optimizer.state_dict(), "steps": self.steps_taken}
+
+    def load_state(self, state: Mapping[str, object]) -> None:
+        self._optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        self.steps_taken = int(state["steps"])  # type: ignore[call-overload]
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self._optimizer]
+
+
+class SynchronousUpdate(_SharedOptimizer):
+    """One step when every party has stepped, on the mean over all their rows: centralised training on the joined batch.
+
+    Each party's gradient is of the mean loss over its own rows; party p of n_p rows weighs n_p / sum(n).  Sums are
+    taken in the order of the parties' names.  With one party nothing is multiplied, and the step is bit-equal to the
+    unsplit model's.
+    """
+
+    def begin(self, parties: Sequence[str], deadline_s: float) -> None:
+        self._gradients.clear()
+        self._barrier = Barrier(parties, deadline_s)
+        self._requests: dict[str, StepRequest] = {}
+
+    def step(self, party: str, request: StepRequest) -> None:
+        with self._lock:
+            self._requests[party] = request
+        self._barrier.arrive(party, self._step_all)
+
+    def leave(self, party: str, *, lost: bool) -> None:
+        with self._lock:
+            self._gradients.pop(party, None)
+            self._requests.pop(party, None)
+        self._barrier.leave(party)
+
+    def _step_all(self) -> None:
+        with self._lock:
+            requests, self._requests = dict(sorted(self._requests.items())), {}
+        all_rows = sum(r.rows for r in requests.values())
+        total: Gradients = {}
+        for party, request in requests.items():
+            weight = request.rows / all_rows
+            for name, gradient in self._take(party).items():
+                share = gradient if weight == 1.0 else gradient * weight
+                total[name] = total[name] + share if name in total else share
+        longest = max(requests.values(), key=lambda r: r.total_steps)
+        self._apply(self._optimizer, self.parameters, total, longest)
+
+
+class SequentialUpdate(_SharedOptimizer):
+    """A step per party's batch; a party has the body to itself from its forward pass to its step."""
+
+    def begin(self, parties: Sequence[str], deadline_s: float) -> None:
+        self._gradients.clear()
+        self._turns = Turns(parties, deadline_s)
+
+    def before_forward(self, party: str) -> None:
+        self._turns.take(party)
+
+    def step(self, party: str, request: StepRequest) -> None:
+        self._turns.take(party)
+        self._apply(self._optimizer, self.parameters, self._take(party), request)
+        self._turns.give(party)
+
+    def leave(self, party: str, *, lost: bool) -> None:
+        self._take(party)
+        self._turns.leave(party)
+
+
+class ReplicatedUpdate(Update):
+    """Each party trains a copy of the trained parameters; at the end of the round the copies are averaged by rows."""
+
+    def __init__(self, module: nn.Module, optimizer: OptimizerSettings) -> None:
+        super().__init__(module, optimizer)
+        self._replicas: dict[str, dict[str, nn.Parameter]] = {}
+        self._own_optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._rows: dict[str, int] = {}
+
+    def begin(self, parties: Sequence[str], deadline_s: float) -> None:
+        self._gradients.clear()
+        self._rows = {}
+        for party in parties:
+            if party not in self._replicas:
+                self._add(party)
+            with torch.no_grad():
+                for name, parameter in self._replicas[party].items():
+                    parameter.copy_(self.parameters[name])
+
+    def parameters_of(self, party: str) -> dict[str, nn.Parameter]:
+        return self._replicas.get(party, self.parameters)
+
+    def step(self, party: str, request: StepRequest) -> None:
+        optimizer, replica = self._own_optimizers[party], self._replicas[party]
+        self._apply(optimizer, replica, self._take(party), request)
+        with self._lock:
+            self._rows[party] = self._rows.get(party, 0) + request.rows
+
+    def leave(self, party: str, *, lost: bool) -> None:
+        self._take(party)
+        if lost:  # its head and tail are lost as well, so its copy of the body would fit nothing
+            with self._lock:
+                self._rows.pop(party, None)
+
+    def end(self) -> None:
+        all_rows = sum(self._rows.values())
+        if not all_rows:
+            return
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                mean = torch.zeros_like(parameter)
+                for party, rows in sorted(self._rows.items()):
+                    mean += self._replicas[party][name] * (rows / all_rows)
+                parameter.copy_(mean)
+        self._rows = {}
+
+    def state(self) -> dict[str, object]:
+        own = {party: optimizer.state_dict() for party, optimizer in self._own_optimizers.items()}
+        return {"optimizers": own, "steps": self.steps_taken}
+
+    def load_state(self, state: Mapping[str, object]) -> None:
+        self.steps_taken = int(state["steps"])  # type: ignore[call-overload]
+        for party, own in state["optimizers"].items():  # type: ignore[attr-defined]
+            self._add(party)
+            self._own_optimizers[party].load_state_dict(own)
+
+    def _add(self, party: str) -> None:
+        replica = {name: nn.Parameter(p.detach().clone()) for name, p in self.parameters.items()}
+        self._replicas[party] = replica
+        self._own_optimizers[party] = self.settings.build(list(replica.values()))
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return list(self._own_optimizers.values())
+
+
+UPDATES: dict[BodyMode, type[Update]] = {
+    BodyMode.SYNCHRONOUS: SynchronousUpdate,
+    BodyMode.SEQUENTIAL: SequentialUpdate,
+    BodyMode.REPLICATED: ReplicatedUpdate,
+}

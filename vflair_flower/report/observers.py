@@ -1,0 +1,465 @@
+"""Who saw what: the observer table, made from what the ledger recorded.
+
+Each kind of tensor that may cross a cut is described once, below: its plain name, what it lets its reader infer.
+`observer_table` looks every ledger entry up there, by where the model was cut, operation, direction and tensor.
+Invariant: no entry is dropped.  One that nobody has described becomes a row that warns.
+
+Not here: how much an attack really recovers.  That is measured, on the same runs, by attacks; a row says what to expect
+when no such figure is known.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vflair_flower.errors import ConfigurationError
+from vflair_flower.report.result import ControlTraffic, ObserverRow, Seen, TrafficEntry
+
+logger = logging.getLogger(__name__)
+
+Partition = Literal["HBT", "HT"]
+
+MODEL_PARTY = "model party"
+DATA_PARTY = "data party"
+OTHER_DATA_PARTIES = "other data parties"
+HUB_OPERATOR = "hub operator"
+AGGREGATING_SERVER = "aggregating server"
+NETWORK = "network"
+NO_ONE = "no one"
+
+SMASHED = "smashed data"
+GRADIENT = "returned gradient"
+LOGITS = "logits"
+ADAPTERS = "adapters"
+TEXT = "text"
+LABELS = "labels"
+UNDESCRIBED = "undescribed tensor"
+_GRAVE = (UNDESCRIBED, TEXT, LABELS, SMASHED, GRADIENT, LOGITS, ADAPTERS, "all tensors")
+
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What one kind of tensor is called, what its reader can do with it, and what stays if nothing covers it."""
+
+    name: str
+    allows: str
+    uncovered: str
+
+
+_MASK = _Kind(
+    name="attention mask",
+    allows="know the exact length in tokens of every text, and how many texts a batch has",
+    uncovered="lengths; short and long texts can be told apart, and a rare length can point to one row",
+)
+_POSITIONS = _Kind(
+    name="position numbers",
+    allows="know how the texts of a batch are padded, and from that their lengths",
+    uncovered="lengths, as with the attention mask",
+)
+_IDS = _Kind(name=f"{TEXT}: token numbers", allows="read the text itself", uncovered="all of the text")
+_LABELS = _Kind(name=f"{LABELS} of the rows", allows="read the labels themselves", uncovered="all of the labels")
+_STEP = _Kind(
+    name="step orders (no tensor)",
+    allows="count the training steps and time them, and from that estimate how many rows a party has",
+    uncovered="number and time of steps",
+)
+_HEAD_GRADIENT = _Kind(
+    name="gradient for the head",
+    allows="learn how the model party's blocks react to its own rows (model extraction); it holds no other party's text",
+    uncovered="some knowledge of blocks it does not hold",
+)
+
+
+def observer_table(
+    entries: Iterable[TrafficEntry | Mapping[str, object]],
+    *,
+    partition: Partition,
+    num_blocks: int,
+    head_blocks: int,
+    tail_blocks: int,
+    body_host: str = "strategy",
+    tls: bool,
+    loopback: bool = False,
+    adapters: Sequence[str] = (),
+    control: ControlTraffic | None = None,
+    text_stays: bool = True,
+    labels_stay: bool = True,
+    defences: Mapping[str, tuple[str, str]] | None = None,
+) -> tuple[ObserverRow, ...]:
+    """Say who saw which tensor of a run, what can be inferred from it, and what covers it.
+
+    Parameters
+    ----------
+    entries : iterable of TrafficEntry or mappings with its fields
+        The ledger: what was really sent, not what was planned.
+    partition : {"HBT", "HT"}
+        Where the model was cut.
+    num_blocks, head_blocks, tail_blocks : int
+        Blocks of the model, and of its head and tail; they name the layer at which a tensor crossed.
+    body_host : str
+        ``"strategy"``, or the name of the node that holds the model party's blocks.
+    tls : bool
+        Whether links between parties, and Flower's, were encrypted.
+    loopback : bool
+        Whether all parties ran on one machine, so that no network lay between them.
+    adapters : sequence of str
+        What is averaged by way of Flower messages, such as ``("head", "tail")``; empty if nothing is.
+    control : ControlTraffic, optional
+        Bytes and messages of Flower's own; ``None`` if nobody counted them.
+    text_stays, labels_stay : bool
+        Whether the job keeps them at the data party.  The ledger overrules a ``True``.
+    defences : mapping of str to (mechanism, parameter), optional
+        By ledger name of the tensor (``"hidden"``, ``"grad"``, ...) or ``"adapters"``.  A defence acts on what leaves
+        the data party.
+
+    Returns
+    -------
+    tuple of ObserverRow
+        Model party first, then whoever else sees something, and last what no one gets and why.
+
+    Raises
+    ------
+    ConfigurationError
+        A defence names a tensor that the run never sent.
+
+    Examples
+    --------
+    >>> entry = dict(party="alpha", peer="model party", direction="up", operation="forward", tensor="hidden",
+    ...              dtype="float32", max_shape=[8, 64, 384], messages=10, bytes=7_864_320)
+    >>> rows = observer_table([entry], partition="HBT", num_blocks=6, head_blocks=1, tail_blocks=1, tls=True)
+    >>> rows[0].tensor
+    'smashed data: hidden states at the cut, after block 0'
+    """
+    ledger = [entry if isinstance(entry, TrafficEntry) else TrafficEntry.from_json(entry) for entry in entries]
+    covers = dict(defences or {})
+    _check_defences(covers, ledger, adapters)
+    kinds = _kinds(partition, num_blocks=num_blocks, head_blocks=head_blocks, tail_blocks=tail_blocks)
+    companies = sorted({entry.party for entry in ledger})
+    merged = body_host == "strategy"
+    seen_in_sessions = _seen(ledger)
+    by_key = _grouped(ledger)
+
+    rows: list[ObserverRow] = []
+    for receiver, direction in ((MODEL_PARTY, "up"), (DATA_PARTY, "down")):
+        for key, seen in by_key.items():
+            if key[1] == direction:
+                rows.append(_tensor_row(receiver, key, seen, kinds, covers))
+        if receiver == MODEL_PARTY:
+            rows += _computed_rows(partition, by_key)
+    rows += _hub_rows(merged, body_host, tls=tls, seen=seen_in_sessions, adapters=adapters)
+    rows += _aggregation_rows(adapters, control, companies, covers)
+    rows.append(_network_row(tls=tls, loopback=loopback, seen=_with_control(seen_in_sessions, control)))
+    rows += _no_one_rows(partition, by_key, body_host, text_stays=text_stays, labels_stay=labels_stay)
+    return tuple(rows)
+
+
+def tensor_name(entry: TrafficEntry, *, partition: Partition, num_blocks: int, head_blocks: int, tail_blocks: int) -> str:
+    """Return the plain name of the tensor of a ledger entry, or one that says that it has none."""
+    kinds = _kinds(partition, num_blocks=num_blocks, head_blocks=head_blocks, tail_blocks=tail_blocks)
+    key = _key(entry)
+    return kinds[key].name if key in kinds else _undescribed_name(key)
+
+
+def grave_rows(rows: Iterable[ObserverRow]) -> tuple[ObserverRow, ...]:
+    """Return the rows to warn of: seen by someone other than the owner, worth hiding, and covered by nothing."""
+    return tuple(
+        row
+        for row in rows
+        if row.covered_by is None
+        and (row.tensor.startswith(UNDESCRIBED) or (row.observer != DATA_PARTY and row.tensor.startswith(_GRAVE)))
+    )
+
+
+def text_stayed(rows: Iterable[ObserverRow]) -> bool:
+    """Return whether the table says that no one got the text."""
+    return any(row.observer == NO_ONE and row.tensor.startswith(TEXT) for row in rows)
+
+
+def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_blocks: int) -> dict[Key, _Kind]:
+    """Return the description of every tensor that a run of this partition is known to send."""
+    cut = f"after block {head_blocks - 1}" if head_blocks else "after the embedding"
+    kinds: dict[Key, _Kind] = {
+        ("forward", "up", "hidden"): _Kind(
+            name=f"{SMASHED}: hidden states at the cut, {cut}",
+            allows="reconstruct much of the text (model inversion)",
+            uncovered="the text of every row that was trained or evaluated on; no defence covers it",
+        ),
+        ("forward", "up", "attention_mask"): _MASK,
+        ("forward", "up", "position_ids"): _POSITIONS,
+        ("forward", "up", "input_ids"): _IDS,
+        ("forward", "up", "labels"): _LABELS,
+        ("backward", "up", "labels"): _LABELS,
+        ("backward", "down", "grad"): _HEAD_GRADIENT,
+        ("step", "up", ""): _STEP,
+        ("step", "down", ""): _STEP,
+    }
+    if partition == "HT":
+        kinds[("forward", "down", "logits")] = _Kind(
+            name=f"{LOGITS}: the answers to its own rows",
+            allows="imitate the model party's blocks by learning from their answers (model extraction)",
+            uncovered="what the model can do, to whoever may ask it",
+        )
+        kinds[("backward", "up", "grad")] = _Kind(
+            name=f"{GRADIENT}: of the loss by the logits",
+            allows="read the label of each row exactly (the gradient is probability minus label)",
+            uncovered="the label of every row that was trained on; no defence covers it",
+        )
+        return kinds
+    tail = f"before block {num_blocks - tail_blocks}" if tail_blocks else "before the task head"
+    kinds[("forward", "down", "hidden")] = _Kind(
+        name=f"the body's answers: hidden states, {tail}",
+        allows="imitate the body by learning from its answers (model extraction), and test whether a text that it already "
+        "has was trained on by another party (membership inference)",
+        uncovered="what the body can do, to whoever may ask it",
+    )
+    kinds[("backward", "up", "grad")] = _Kind(
+        name=f"{GRADIENT}: at the tail's cut, {tail}",
+        allows="infer labels (rows of one class have gradients of like direction and length)",
+        uncovered="much about the label of every row that was trained on; no defence covers it",
+    )
+    return kinds
+
+
+def _key(entry: TrafficEntry) -> Key:
+    return entry.operation, entry.direction, entry.tensor
+
+
+def _grouped(ledger: Iterable[TrafficEntry]) -> dict[Key, Seen]:
+    """Sum the ledger over parties, in the order in which kinds first occur."""
+    grouped: dict[Key, Seen] = {}
+    for entry in ledger:
+        before = grouped.get(_key(entry), Seen(bytes=0, messages=0))
+        grouped[_key(entry)] = Seen(bytes=before.bytes + entry.bytes, messages=before.messages + entry.messages)
+    return grouped
+
+
+def _seen(ledger: Iterable[TrafficEntry]) -> Seen:
+    entries = list(ledger)
+    return Seen(bytes=sum(entry.bytes for entry in entries), messages=sum(entry.messages for entry in entries))
+
+
+def _with_control(seen: Seen, control: ControlTraffic | None) -> Seen:
+    if control is None:
+        return seen
+    return Seen(bytes=seen.bytes + control.bytes, messages=seen.messages + control.messages)
+
+
+def _check_defences(covers: Mapping[str, tuple[str, str]], ledger: Sequence[TrafficEntry], adapters: Sequence[str]) -> None:
+    sent = {entry.tensor for entry in ledger if entry.direction == "up"} | ({ADAPTERS} if adapters else set())
+    for tensor, (mechanism, _) in covers.items():
+        if tensor not in sent:
+            raise ConfigurationError(
+                f"Defence '{mechanism}' is set for '{tensor}', but this run sent {sorted(sent)}; it protected nothing. "
+                "Name a tensor that leaves the data party."
+            )
+
+
+def _cover(covers: Mapping[str, tuple[str, str]], tensor: str, uncovered: str) -> tuple[str | None, str]:
+    """Return `covered_by` and `uncovered` of a row."""
+    if tensor not in covers:
+        return None, uncovered
+    mechanism, parameter = covers[tensor]
+    covered_by = f"{mechanism} ({parameter})"
+    return covered_by, f"what an attack still finds under {covered_by}; measure it before relying on it"
+
+
+def _undescribed_name(key: Key) -> str:
+    operation, direction, tensor = key
+    return f"{UNDESCRIBED}: '{tensor}' of '{operation}', {direction}"
+
+
+def _tensor_row(
+    receiver: str, key: Key, seen: Seen, kinds: Mapping[Key, _Kind], covers: Mapping[str, tuple[str, str]]
+) -> ObserverRow:
+    kind = kinds.get(key)
+    if kind is None:
+        logger.warning("The ledger has %s; nobody has written down what it gives away.", _undescribed_name(key))
+        kind = _Kind(
+            name=_undescribed_name(key),
+            allows="infer nobody knows what: no one has written down what this tensor gives away",
+            uncovered="all of it; treat it as the text itself until it is described in report/observers.py",
+        )
+    covered_by, uncovered = _cover(covers if key[1] == "up" else {}, key[2], kind.uncovered)
+    return ObserverRow(
+        observer=receiver, tensor=kind.name, seen=seen, allows=kind.allows, covered_by=covered_by, uncovered=uncovered
+    )
+
+
+def _computed_rows(partition: Partition, by_key: Mapping[Key, Seen]) -> list[ObserverRow]:
+    """Say what the model party learns from the answer that it computes itself."""
+    if partition == "HT" and ("forward", "down", "logits") in by_key:
+        return [
+            ObserverRow(
+                observer=MODEL_PARTY,
+                tensor=f"{LOGITS}: which it computes itself",
+                seen=by_key[("forward", "down", "logits")],
+                allows="read the model's answer to every row",
+                covered_by=None,
+                uncovered="every answer; only Head-Body-Tail keeps the last layers at the data party",
+            )
+        ]
+    if partition == "HBT" and ("forward", "down", "hidden") in by_key:
+        return [
+            ObserverRow(
+                observer=MODEL_PARTY,
+                tensor="the body's answers: which it computes itself",
+                seen=by_key[("forward", "down", "hidden")],
+                allows="complete the model with a tail of its own, or the public one, and guess the answers (model completion)",
+                covered_by=None,
+                uncovered="much about the answers, the more the less the tail was trained",
+            )
+        ]
+    return []
+
+
+def _hub_rows(merged: bool, body_host: str, *, tls: bool, seen: Seen, adapters: Sequence[str]) -> list[ObserverRow]:
+    if not merged:
+        ends = "TLS ends at the hub" if tls else "nothing was encrypted"
+        return [
+            ObserverRow(
+                observer=HUB_OPERATOR,
+                tensor=f"all tensors that pass between the data parties and '{body_host}', in the clear ({ends})",
+                seen=seen,
+                allows="do whatever the model party can do with them",
+                covered_by=None,
+                uncovered="the same as at the model party; choose a hub that every party trusts as much",
+            )
+        ]
+    sees_adapters = "; with the adapters it knows heads and tails as well, which makes inversion easier" if adapters else ""
+    return [
+        ObserverRow(
+            observer=HUB_OPERATOR,
+            tensor="all tensors above: hub, model party and aggregating server are one process",
+            seen=seen,
+            allows=f"combine what each of the three roles sees{sees_adapters}",
+            covered_by=None,
+            uncovered="no role is separated from another; host the body at a node of its own to separate them",
+        )
+    ]
+
+
+def _aggregation_rows(
+    adapters: Sequence[str], control: ControlTraffic | None, companies: Sequence[str], covers: Mapping[str, tuple[str, str]]
+) -> list[ObserverRow]:
+    seen = Seen(bytes=control.bytes, messages=control.messages) if control else None
+    rows: list[ObserverRow] = []
+    if adapters:
+        parts = " and ".join(adapters)
+        covered_by, uncovered = _cover(
+            covers, ADAPTERS, "what each party's own update says about its rows; averaging hides it from the others only"
+        )
+        rows.append(
+            ObserverRow(
+                observer=AGGREGATING_SERVER,
+                tensor=f"{ADAPTERS} of each party's {parts}, before averaging",
+                seen=seen,
+                allows="recover parts of rows from an update (gradient inversion), and test whether a text was trained on "
+                "(membership inference)",
+                covered_by=covered_by,
+                uncovered=uncovered,
+            )
+        )
+    rows.append(
+        ObserverRow(
+            observer=AGGREGATING_SERVER,
+            tensor="row counts, losses and metrics of each party",
+            seen=seen,
+            allows="know how many rows each party has and how well the model does on them",
+            covered_by=None,
+            uncovered="size and difficulty of each party's data",
+        )
+    )
+    if adapters and len(companies) > 1:
+        alone = "; with two parties, subtract its own and have the other's exactly" if len(companies) == 2 else ""
+        rows.append(
+            ObserverRow(
+                observer=OTHER_DATA_PARTIES,
+                tensor=f"{ADAPTERS}, averaged over {len(companies)} parties",
+                seen=None,
+                allows=f"test whether a text was trained on by someone (membership inference){alone}",
+                covered_by=(covers and _cover(covers, ADAPTERS, "")[0]) or None,
+                uncovered="less than the server sees, as others are mixed in; nothing limits it by proof",
+            )
+        )
+    return rows
+
+
+def _network_row(*, tls: bool, loopback: bool, seen: Seen) -> ObserverRow:
+    if tls:
+        return ObserverRow(
+            observer=NETWORK,
+            tensor="sizes and times of messages; contents are encrypted",
+            seen=seen,
+            allows="estimate lengths of texts and numbers of rows, and know who works when",
+            covered_by="TLS (contents, against outsiders; not against model party or hub operator)",
+            uncovered="sizes and times",
+        )
+    if loopback:
+        return ObserverRow(
+            observer=NETWORK,
+            tensor="nothing: all parties ran on one machine",
+            seen=Seen(bytes=0, messages=0),
+            allows="see nothing; whoever administers the machine sees all of it",
+            covered_by="loopback (no network between parties)",
+            uncovered="the links were not encrypted; between companies, use TLS",
+        )
+    return ObserverRow(
+        observer=NETWORK,
+        tensor="all tensors and adapters, in the clear",
+        seen=seen,
+        allows="do whatever model party and aggregating server can do with them, and change them on the way",
+        covered_by=None,
+        uncovered="everything that was sent; use TLS",
+    )
+
+
+def _no_one_rows(
+    partition: Partition, by_key: Mapping[Key, Seen], body_host: str, *, text_stays: bool, labels_stay: bool
+) -> list[ObserverRow]:
+    """Say what was never sent, and why; a row is left out as soon as the ledger or the job says otherwise."""
+    sent = {tensor for _, _, tensor in by_key}
+    gives_labels_away = partition == "HT" and ("backward", "up", "grad") in by_key
+    last = "tail and loss run" if partition == "HBT" else "the loss runs"
+    never: list[tuple[str, str, str]] = []
+    if text_stays and "input_ids" not in sent:
+        never.append(
+            (f"{TEXT} and its token numbers", "not sent: embedding and head run at the data party", "reconstruction from smashed data, above")
+        )
+    if labels_stay and "labels" not in sent and not gives_labels_away:
+        never.append((LABELS, f"not sent: {last} at the data party", "inference from gradients and answers, above"))
+    holder = "the strategy" if body_host == "strategy" else f"'{body_host}'"
+    part = "the body" if partition == "HBT" else "the model party's blocks"
+    never.append(
+        (
+            f"weights of {part}, by anyone but the model party",
+            f"not sent: they are loaded and trained at {holder}",
+            "the public checkpoint that they started from, and imitation by whoever may ask",
+        )
+    )
+    nothing = Seen(bytes=0, messages=0)
+    return [
+        ObserverRow(
+            observer=NO_ONE, tensor=tensor, seen=nothing, allows="nothing directly", covered_by=reason, uncovered=rest
+        )
+        for tensor, reason, rest in never
+    ] + _left_rows(text_stays=text_stays, labels_stay=labels_stay, sent=sent)
+
+
+def _left_rows(*, text_stays: bool, labels_stay: bool, sent: set[str]) -> list[ObserverRow]:
+    """Warn of text or labels that the job lets go by a way that the ledger does not show."""
+    leaving = [(TEXT, text_stays, "input_ids"), (LABELS, labels_stay, "labels")]
+    return [
+        ObserverRow(
+            observer=MODEL_PARTY,
+            tensor=f"{what}: the job lets them leave the data party",
+            seen=None,
+            allows=f"read the {what} itself" if what == TEXT else f"read the {what} themselves",
+            covered_by=None,
+            uncovered=f"all of the {what}",
+        )
+        for what, stays, tensor in leaving
+        if not stays and tensor not in sent
+    ]

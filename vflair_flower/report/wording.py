@@ -1,0 +1,47 @@
+"""The sentences that both the page and the terminal say about a result."""
+
+from vflair_flower.report.numbers import count, interval_of_difference, percent, points
+from vflair_flower.report.observers import text_stayed
+from vflair_flower.report.result import MetricSummary, Result
+
+
+def headline(result: Result) -> str:
+    """Say in one sentence who trained what together, and with what result."""
+    metric = result.metric
+    companies = len(result.data_parties)
+    train = result.data.rows.get("train", sum(result.data.rows.values()))
+    alone = companies == 1
+    who = "One company fine-tuned" if alone else f"{count(companies)} companies fine-tuned"
+    together = "with a model party" if alone else "together"
+    silence = ""
+    if text_stayed(result.observers):
+        silence = ", without showing its text" if alone else ", none showing its text"
+    unsplit = "" if metric.unsplit is None else f", unsplit {percent(metric.unsplit)}"
+    return (
+        f"{who} {result.model.name} {together} on {count(train)} texts{silence}: "
+        f"{percent(metric.split)} of held-out texts right{unsplit}, "
+        f"guessing the commonest class {percent(metric.majority)}."
+    )
+
+
+def verdict(metric: MetricSummary) -> str:
+    """Say what the figures allow to conclude, and what not."""
+    says: list[str] = []
+    if metric.split_interval.low <= metric.majority:
+        says.append("This is not clearly better than always guessing the commonest class.")
+    if metric.unsplit is None or metric.difference is None:
+        says.append("No unsplit model was trained beside it, so nothing is known about what splitting cost.")
+        return " ".join(says)
+    gap = f"The split model is at {points(metric.difference)} to the unsplit one"
+    between = metric.difference_interval
+    if metric.split == metric.unsplit:
+        gap = "The split model scores exactly as the unsplit one"
+    if between is None:
+        says.append(f"{gap}.")
+    elif between.low <= 0 <= between.high:
+        says.append(
+            f"{gap} ({interval_of_difference(between)}): on {count(metric.n)} texts, no difference can be told from chance."
+        )
+    else:
+        says.append(f"{gap} ({interval_of_difference(between)}): more than chance explains on {count(metric.n)} texts.")
+    return " ".join(says)
