@@ -393,7 +393,8 @@ class SplitLearning(Strategy):
         if self._body is not None:
             self._body.end()
         kept, reports = [], []
-        for reply in replies:
+        # By name, not as they came: a sum of floats depends on its order, and a job must be able to repeat itself.
+        for reply in sorted(replies, key=lambda r: opened.nodes.get(r.metadata.src_node_id, "")):
             party = opened.nodes.get(reply.metadata.src_node_id, "")
             if reply.has_error():
                 lost.setdefault(party, reply.error.reason)

@@ -5,6 +5,7 @@ Bytes throughout.  Not here: the process as a whole (interpreter, libraries), wh
 
 import resource
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -35,11 +36,13 @@ class MemoryParts:
 class ActivationMeter:
     """Counts the bytes that autograd keeps for the backward pass; parameters are not counted.
 
-    Measuring costs a Python call per kept tensor, so each input shape is measured once and remembered.
+    Measuring costs a Python call per kept tensor, so each input shape is measured once and remembered.  Forward passes
+    must be measured one at a time; `release` may come from any thread.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._parameters = {p.untyped_storage().data_ptr() for p in module.parameters()}
+        self._module = module
+        self._lock = threading.Lock()
         self._by_shape: dict[tuple[int, ...], int] = {}
         self.peak_bytes = 0
         self._live: dict[object, int] = {}
@@ -51,23 +54,27 @@ class ActivationMeter:
         if shape in self._by_shape:
             yield
         else:
+            # Asked for anew each time: a module may run on another copy of its parameters than the last time.
+            parameters = {p.untyped_storage().data_ptr() for p in self._module.parameters()}
             seen: dict[int, int] = {}
 
             def pack(tensor: Tensor) -> Tensor:
                 storage = tensor.untyped_storage()
-                if storage.data_ptr() not in self._parameters:
+                if storage.data_ptr() not in parameters:
                     seen[storage.data_ptr()] = storage.nbytes()
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 yield
             self._by_shape[shape] = sum(seen.values())
-        self._live[key] = self._by_shape[shape]
-        self.peak_bytes = max(self.peak_bytes, sum(self._live.values()))
+        with self._lock:
+            self._live[key] = self._by_shape[shape]
+            self.peak_bytes = max(self.peak_bytes, sum(self._live.values()))
 
     def release(self, key: object) -> None:
         """Count what was kept under `key` as freed."""
-        self._live.pop(key, None)
+        with self._lock:
+            self._live.pop(key, None)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -3,15 +3,49 @@
 Steps count optimiser steps over the whole job, from 0; rounds count from 1.
 """
 
+import functools
+import math
+from collections.abc import Callable
 from enum import StrEnum
+from typing import Any, TypeVar, cast, dataclass_transform
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
 
 from vflair_flower.errors import ConfigurationError
 
-STRICT = ConfigDict(extra="forbid")
+SettingsClass = TypeVar("SettingsClass")
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def settings(cls: type[SettingsClass]) -> type[SettingsClass]:
+    """Make `cls` a frozen, keyword-only dataclass that refuses what is unknown, mistyped or out of range.
+
+    pydantic wraps what `__post_init__` raises into an error of its own; here it comes out as ConfigurationError.
+    """
+    made = dataclass(frozen=True, kw_only=True, config=ConfigDict(extra="forbid"))(cls)
+    unwrapped: Callable[..., None] = made.__init__
+
+    @functools.wraps(unwrapped)
+    def checked(self: object, *args: Any, **kwargs: Any) -> None:
+        try:
+            unwrapped(self, *args, **kwargs)
+        except ValidationError as error:
+            raise ConfigurationError(f"{cls.__name__}: {in_words(error)}") from error
+
+    made.__init__ = checked  # type: ignore[method-assign]
+    return cast("type[SettingsClass]", made)
+
+
+def in_words(error: ValidationError) -> str:
+    """Say what pydantic refused: our own words where the error is ours."""
+    said = []
+    for one in error.errors(include_url=False):
+        own = one.get("ctx", {}).get("error")
+        where = ".".join(str(part) for part in one["loc"])
+        said.append(str(own) if own else f"{where} is {one['input']!r}: {one['msg'].lower()}.")
+    return " ".join(said)
 
 
 class TaskKind(StrEnum):
@@ -21,7 +55,7 @@ class TaskKind(StrEnum):
     CAUSAL_LM = "causal-lm"
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@settings
 class TaskSettings:
     """The task.
 
@@ -42,9 +76,15 @@ class TaskSettings:
                 f"label_names has {len(self.label_names)} entries; a classifier needs at least two classes. "
                 "Name every class of the data."
             )
+        twice = sorted({name for name in self.label_names if self.label_names.count(name) > 1})
+        if twice:
+            raise ConfigurationError(
+                f"label_names names {', '.join(map(repr, twice))} more than once; two outputs would mean the same "
+                "class. Name every class once."
+            )
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@settings
 class LoraSettings:
     """LoRA (Hu et al., arXiv 2106.09685) on every segment, by PEFT.
 
@@ -64,11 +104,15 @@ class LoraSettings:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ConfigurationError(f"the LoRA rank is {self.rank}; choose 1 or more, or no LoRA to train everything.")
+        if self.alpha < 1:
+            raise ConfigurationError(
+                f"the LoRA alpha is {self.alpha}; adapters are scaled by alpha / rank. Choose 1 or more."
+            )
         if not 0.0 <= self.dropout < 1.0:
             raise ConfigurationError(f"the LoRA dropout is {self.dropout}; choose 0 <= dropout < 1.")
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@settings
 class OptimizerSettings:
     """The optimiser of every segment; each party runs its own over what it owns.
 
@@ -95,8 +139,10 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         one_of("optimizer", self.name, ("adamw", "sgd"))
         one_of("schedule", self.schedule, ("linear", "constant"))
-        if not self.learning_rate > 0.0:
+        if not 0.0 < self.learning_rate < math.inf:
             raise ConfigurationError(f"learning_rate is {self.learning_rate}; choose a number above 0.")
+        if not 0.0 <= self.weight_decay < math.inf:
+            raise ConfigurationError(f"weight_decay is {self.weight_decay}; choose 0 (none) or more.")
         if not 0.0 <= self.warmup_fraction < 1.0:
             raise ConfigurationError(f"warmup_fraction is {self.warmup_fraction}; choose 0 <= warmup_fraction < 1.")
 
@@ -116,7 +162,7 @@ class OptimizerSettings:
         return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@settings
 class TrainingSettings:
     """How long and in what portions `DataParty` trains.
 
@@ -149,7 +195,7 @@ class TrainingSettings:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; choose 1 or more.")
         if self.local_steps < 0:
             raise ConfigurationError(f"local_steps is {self.local_steps}; choose 0 (by passes) or more.")
-        if self.local_steps == 0 and not self.passes > 0:
+        if self.local_steps == 0 and not 0.0 < self.passes < math.inf:
             raise ConfigurationError(f"passes is {self.passes}; choose a number above 0, or set local_steps.")
 
     def total_steps(self, num_rows: int) -> int:

@@ -7,16 +7,23 @@ from typing import Self
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
 
-from vflair_flower.errors import ConfigurationError, PartitionError
+from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition.plan import PartitionPlan
-from vflair_flower.settings import STRICT, LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings, one_of
+from vflair_flower.settings import (
+    LoraSettings,
+    OptimizerSettings,
+    TaskSettings,
+    TrainingSettings,
+    in_words,
+    one_of,
+    settings,
+)
 
 WIRE_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-@dataclass(frozen=True, kw_only=True, config=STRICT)
+@settings
 class SplitSpec:
     """Everything that all parties must agree on.
 
@@ -58,9 +65,9 @@ class SplitSpec:
         """Return the specification that `to_json` wrote; raise ConfigurationError for anything else."""
         try:
             spec: Self = TypeAdapter(cls).validate_json(text)
-        except (ValidationError, PartitionError) as error:
+        except ValidationError as error:
             raise ConfigurationError(
-                f"the job's specification does not fit this version: {error}. "
+                f"the job's specification does not fit this version: {in_words(error)} "
                 "All parties need the same version of vflair-flower."
             ) from error
         return spec

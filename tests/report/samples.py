@@ -22,13 +22,13 @@ HBT_FLOWS = [
     ("down", "forward", "hidden", "float32", (16, 64, 384), 3600, 312_000_000),
     ("up", "backward", "grad", "float32", (16, 64, 384), 1800, 205_000_000),
     ("down", "backward", "grad", "float32", (16, 64, 384), 1800, 205_000_000),
-    ("up", "step", "", "", (), 450, 0),
+    ("up", "step", "", "", (), 480, 0),
 ]
 HT_FLOWS = [
     ("up", "forward", "hidden", "float32", (16, 64, 384), 900, 88_000_000),
     ("up", "forward", "attention_mask", "int64", (16, 64), 900, 460_000),
-    ("down", "forward", "logits", "float32", (16, 7), 900, 403_200),
-    ("up", "backward", "grad", "float32", (16, 7), 900, 403_200),
+    ("down", "forward", "logits", "float32", (16, 8), 900, 403_200),
+    ("up", "backward", "grad", "float32", (16, 8), 900, 403_200),
     ("down", "backward", "grad", "float32", (16, 64, 384), 900, 88_000_000),
 ]
 
@@ -57,9 +57,7 @@ def _interval(low, high, method="Wilson"):
 
 
 def _party(name, *, rows, owns, held, trained, memory, metric=None, role="data party", process=None):
-    peak = PeakMemory(
-        **dict(zip(("parameters", "gradients", "optimizer", "activations"), memory, strict=True))
-    )
+    peak = PeakMemory(**dict(zip(("parameters", "gradients", "optimizer", "activations"), memory, strict=True)))
     return PartySummary(
         name=name,
         role=role,
@@ -75,7 +73,11 @@ def _party(name, *, rows, owns, held, trained, memory, metric=None, role="data p
 
 
 def _round(number, loss, metric, *, unsplit=True, lost=(), seconds=None):
-    seconds = seconds or {"train": 24.5 + number % 2, "evaluate": 4.1, "aggregate": 1.2, "checkpoint": 0.6}
+    seconds = (
+        seconds
+        if seconds is not None
+        else {"train": 24.5 + number % 2, "evaluate": 4.1, "aggregate": 1.2, "checkpoint": 0.6}
+    )
     return RoundSummary(
         round=number,
         steps=150,
@@ -110,12 +112,12 @@ def full_result(**changes):
     )
     owns = "embedding, blocks 0-0, 5-5, task head"
     memory = (61_600_000, 610_000, 1_220_000, 48_300_000)
-    fields = dict(
-        run_id="2025-01-31_1200_hbt",
-        created="2025-01-31T12:00:00+00:00",
-        duration_s=163.4,
-        status="completed",
-        settings={
+    fields = {
+        "run_id": "2025-01-31_1200_hbt",
+        "created": "2025-01-31T12:00:00+00:00",
+        "duration_s": 163.4,
+        "status": "completed",
+        "settings": {
             "job": "fine-tune",
             "partition": "HBT",
             "head_blocks": 1,
@@ -129,36 +131,42 @@ def full_result(**changes):
             "resume": False,
             "data": "banking-messages",
         },
-        seed=1,
-        versions={"vflair_flower": "0.1.0", "flwr": "1.41.0", "torch": "2.8.0", "transformers": "5.20.0", "peft": "0.19.0"},
-        model=model,
-        data=DataSummary(
+        "seed": 1,
+        "versions": {
+            "vflair_flower": "0.1.0",
+            "flwr": "1.41.0",
+            "torch": "2.8.0",
+            "transformers": "5.20.0",
+            "peft": "0.19.0",
+        },
+        "model": model,
+        "data": DataSummary(
             name="messages to customer service",
             partition="iid",
-            classes=7,
+            classes=8,
             rows={"train": 2400, "validation": 300, "test": 600},
             evaluated_on="test",
         ),
-        metric=MetricSummary(
+        "metric": MetricSummary(
             name="accuracy",
             split=0.961,
             unsplit=0.963,
             majority=0.14,
-            chance=1 / 7,
+            chance=1 / 8,
             n=600,
             split_interval=_interval(0.943, 0.974),
             unsplit_interval=_interval(0.945, 0.975),
             difference=0.961 - 0.963,
             difference_interval=_interval(-0.011, 0.007, "paired bootstrap"),
         ),
-        rounds=tuple(
+        "rounds": tuple(
             _round(number, loss, metric)
             for number, loss, metric in zip(
                 range(1, 6), (1.71, 0.82, 0.41, 0.27, 0.21), (0.62, 0.86, 0.93, 0.953, 0.957), strict=True
             )
         ),
-        traffic=TrafficSummary(total_bytes=1_038_400_000, messages=10_850, entries=ledger, control=control),
-        parties=(
+        "traffic": TrafficSummary(total_bytes=1_038_400_000, messages=10_850, entries=ledger, control=control),
+        "parties": (
             *(
                 _party(
                     name,
@@ -183,7 +191,7 @@ def full_result(**changes):
                 process=1_204_000_000,
             ),
         ),
-        observers=observer_table(
+        "observers": observer_table(
             ledger,
             partition="HBT",
             num_blocks=6,
@@ -194,19 +202,19 @@ def full_result(**changes):
             adapters=("head", "tail"),
             control=control,
         ),
-    )
+    }
     return Result(**{**fields, **changes})
 
 
 def minimal_result(**changes):
     """One company, one round, no unsplit model, Head-Tail, nothing else known."""
-    fields = dict(
-        run_id="small",
-        created="2025-01-31T12:00:00Z",
-        duration_s=4.2,
-        settings={},
-        versions={},
-        model=ModelSummary(
+    fields = {
+        "run_id": "small",
+        "created": "2025-01-31T12:00:00Z",
+        "duration_s": 4.2,
+        "settings": {},
+        "versions": {},
+        "model": ModelSummary(
             name="tiny",
             family="gpt2",
             num_blocks=2,
@@ -218,8 +226,8 @@ def minimal_result(**changes):
             tuning="none",
             trainable_parameters=0,
         ),
-        data=DataSummary(name="toy", partition="iid", classes=2, rows={"train": 1, "test": 1}, evaluated_on="test"),
-        metric=MetricSummary(
+        "data": DataSummary(name="toy", partition="iid", classes=2, rows={"train": 1, "test": 1}, evaluated_on="test"),
+        "metric": MetricSummary(
             name="accuracy",
             split=1.0,
             unsplit=None,
@@ -231,11 +239,11 @@ def minimal_result(**changes):
             difference=None,
             difference_interval=None,
         ),
-        rounds=(_round(1, float("nan"), None, unsplit=False, seconds={}),),
-        traffic=TrafficSummary(total_bytes=0, messages=0, entries=(), control=ControlTraffic(bytes=0, messages=0)),
-        parties=(_party("solo", rows=1, owns="embedding", held=1, trained=0, memory=(0, 0, 0, 0)),),
-        observers=(),
-    )
+        "rounds": (_round(1, float("nan"), None, unsplit=False, seconds={}),),
+        "traffic": TrafficSummary(total_bytes=0, messages=0, entries=(), control=ControlTraffic(bytes=0, messages=0)),
+        "parties": (_party("solo", rows=1, owns="embedding", held=1, trained=0, memory=(0, 0, 0, 0)),),
+        "observers": (),
+    }
     return full_result(**{**fields, **changes})
 
 
@@ -245,10 +253,10 @@ def extreme_result(**changes):
     flows = [(*flow[:5], flow[5] * 100_000, flow[6] * 5_000) for flow in HBT_FLOWS]
     ledger = entries(flows, parties=names)
     control = ControlTraffic(bytes=9_000_000_000, messages=2400)
-    fields = dict(
-        run_id="extreme",
-        duration_s=400_000.0,
-        model=ModelSummary(
+    fields = {
+        "run_id": "extreme",
+        "duration_s": 400_000.0,
+        "model": ModelSummary(
             name="Large-70B",
             family="llama",
             num_blocks=80,
@@ -260,14 +268,14 @@ def extreme_result(**changes):
             tuning="LoRA r=16",
             trainable_parameters=200_000_000,
         ),
-        rounds=tuple(
+        "rounds": tuple(
             _round(number, 2.0 / number, min(0.95, 0.2 + number / 50), lost=names[:3] if number in (7, 31) else ())
             for number in range(1, 61)
         ),
-        traffic=TrafficSummary(
+        "traffic": TrafficSummary(
             total_bytes=sum(entry.bytes for entry in ledger), messages=2_000_000_000, entries=ledger, control=control
         ),
-        parties=(
+        "parties": (
             *(
                 _party(
                     name,
@@ -290,7 +298,7 @@ def extreme_result(**changes):
                 role="model party",
             ),
         ),
-        observers=observer_table(
+        "observers": observer_table(
             ledger,
             partition="HBT",
             num_blocks=80,
@@ -301,5 +309,5 @@ def extreme_result(**changes):
             adapters=("head", "tail"),
             control=control,
         ),
-    )
+    }
     return full_result(**{**fields, **changes})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from vflair_flower.errors import CheckpointError, PartitionError
-from vflair_flower.partition.loading import LoadedSegment, generator_for
+from vflair_flower.partition.loading import LoadedSegment, draw_normal, generator_for
 from vflair_flower.partition.structure import task_head_places
 from vflair_flower.settings import LoraSettings, TaskKind, TaskSettings
 
@@ -105,13 +105,16 @@ def make_trainable(loaded: LoadedSegment, settings: LoraSettings | None, task: T
             if ".lora_A." in name:
                 bound = math.sqrt(1.0 / parameter.shape[1])  # kaiming_uniform_(a=sqrt(5)) of an [r, in] matrix
                 parameter.uniform_(-bound, bound, generator=generator_for(seed, name))
+            elif ".lora_embedding_B." in name:  # of an embedding, A is the one that starts at zero
+                draw_normal(parameter, name, seed, 1.0)
     return tuned
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """Return what is trained, by global name: the adapters, or all trainable parameters. Detached, on the CPU."""
     if isinstance(model, PeftModel):
-        state = get_peft_model_state_dict(model)
+        # PEFT's own choice asks the hub each time, and adds whole embeddings where they have adapters.
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:
         state = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return {name: tensor.detach().cpu().clone() for name, tensor in sorted(state.items())}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vflair_flower.errors import SessionClosedError
+from vflair_flower.errors import PartitionError, SessionClosedError
 from vflair_flower.partition.plan import Segment
 from vflair_flower.partition.structure import Place, family_of, find_stack, outside_stack, task_head_places
 
@@ -51,6 +51,13 @@ class Channel:
         mask_BT = self.attention_mask_BT
         if mask_BT is None:
             mask_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device)
+        if not isinstance(mask_BT, Tensor) or mask_BT.shape != hidden_BTD.shape[:2]:
+            shape = tuple(mask_BT.shape) if isinstance(mask_BT, Tensor) else type(mask_BT).__name__
+            raise PartitionError(
+                f"the attention mask is {shape}, but the hidden state at the cut is {tuple(hidden_BTD.shape)}; the "
+                "other party needs one mask value per token. Pass a mask [B, T] over all tokens, and to `generate` "
+                "use_cache=False: no cache goes across a cut."
+            )
         return self.call(hidden_BTD, mask_BT, self.position_ids_BT)
 
 

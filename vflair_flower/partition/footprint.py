@@ -14,7 +14,7 @@ from vflair_flower.partition.cut import cut
 from vflair_flower.partition.loading import LoadedSegment, task_class
 from vflair_flower.partition.plan import Mode, Segment
 from vflair_flower.partition.sources import ModelSource, load_config
-from vflair_flower.partition.structure import hidden_size, num_blocks
+from vflair_flower.partition.structure import family_of, hidden_size, num_blocks
 from vflair_flower.settings import TaskKind
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
 
@@ -57,7 +57,7 @@ def footprint(source: ModelSource, spec: SplitSpec) -> Footprint:
     source : ModelSource
         Only its configuration is read.
     spec : SplitSpec
-        The job; batches are taken full and `max_tokens` long, so traffic is an upper bound.
+        The job; batches are taken full and `max_tokens` long, without position ids, so traffic is an upper bound.
 
     Raises
     ------
@@ -76,7 +76,8 @@ def footprint(source: ModelSource, spec: SplitSpec) -> Footprint:
     elif spec.task.kind is TaskKind.CAUSAL_LM:
         answer = rows * tokens * int(config.get_text_config().vocab_size) * item
     else:
-        answer = rows * len(spec.task.label_names) * item
+        classified = rows if family_of(config).encoder else rows * tokens
+        answer = classified * len(spec.task.label_names) * item
     return Footprint(
         model=source.name,
         family=config.model_type,

@@ -6,12 +6,14 @@ their own global name, so that every party, and the unsplit model, draws the sam
 """
 
 import hashlib
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
@@ -28,8 +30,10 @@ from vflair_flower.errors import ModelError
 from vflair_flower.partition.cut import Channel, cut
 from vflair_flower.partition.plan import Segment
 from vflair_flower.partition.sources import ModelSource, load_config
+from vflair_flower.partition.structure import family_of
 from vflair_flower.settings import TaskKind, TaskSettings
 
+_one_at_a_time = threading.Lock()
 _TASK_CLASSES = {
     TaskKind.SEQUENCE_CLASSIFICATION: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
     TaskKind.CAUSAL_LM: MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -50,7 +54,9 @@ class LoadedSegment:
 def task_class(config: PreTrainedConfig, task: TaskSettings) -> type[PreTrainedModel]:
     """Return transformers' class for a model family and a task; raise ModelError if there is none."""
     mapping = _TASK_CLASSES[task.kind]
-    if type(config) not in mapping:
+    # transformers has causal classes for encoders too; on an encoder's weights they would see the words to come.
+    reads_ahead = task.kind is TaskKind.CAUSAL_LM and family_of(config).encoder
+    if type(config) not in mapping or reads_ahead:
         raise ModelError(
             f"transformers has no {task.kind.value} class for the model family {config.model_type!r}. "
             "Choose another task or another model."
@@ -75,7 +81,7 @@ def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, s
     Raises
     ------
     ModelError
-        If the checkpoint cannot be read or lacks a tensor that is not part of the task head.
+        If the checkpoint cannot be read, or lacks a tensor that is not part of a new classifier.
     """
     config = load_config(source, task)
     own_class, channels = _segment_class(task_class(config, task), segment)
@@ -84,13 +90,12 @@ def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, s
             loaded: Any = own_class.from_pretrained(
                 source.location, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the checkpoint {source.location!r} could not be read: {error}") from error
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
-    base_prefix = model.base_model_prefix + "."
     missing = sorted(info["missing_keys"])
-    lost = [name for name in missing if name.startswith(base_prefix) and ".pooler." not in name]
+    lost = [name for name in missing if not _may_be_new(name, model, task)]
     if lost:
         raise ModelError(
             f"the checkpoint {source.location!r} lacks {len(lost)} tensors of this segment, the first is {lost[0]!r}. "
@@ -99,6 +104,11 @@ def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, s
     for name in missing:
         _draw(model, name, seed)
     model.config.use_cache = task.kind is TaskKind.CAUSAL_LM
+    if model.config.pad_token_id is None:
+        # As load_tokenizer does: decoders that classify find a text's last token by it, and refuse batches without.
+        # Not set any earlier, or the embedding would leave out that token's gradient.
+        end = model.config.eos_token_id
+        model.config.pad_token_id = end[0] if isinstance(end, list) else end
     return LoadedSegment(model, segment, channels[-1], tuple(missing))
 
 
@@ -131,7 +141,15 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep transformers from reporting every tensor that is another party's as unexpected."""
+    """Keep transformers from reporting every tensor that is another party's as unexpected.
+
+    One at a time: parties may be threads of one process, and its verbosity and random numbers are the process's.
+    """
+    with _one_at_a_time:
+        yield from _without_reports()
+
+
+def _without_reports() -> Iterator[None]:
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -156,6 +174,12 @@ def _segment_class(cls: type[PreTrainedModel], segment: Segment) -> tuple[type[P
 
     body: dict[str, Any] = {"__init__": build, "__module__": cls.__module__}
     return cast("type[PreTrainedModel]", type(cls.__name__, (cls,), body)), channels
+
+
+def _may_be_new(name: str, model: PreTrainedModel, task: TaskSettings) -> bool:
+    """Whether fine-tuning may begin without this parameter: a classifier and its pooler may be new, nothing else."""
+    outside_base = not name.startswith(model.base_model_prefix + ".")
+    return task.kind is TaskKind.SEQUENCE_CLASSIFICATION and (outside_base or ".pooler." in name)
 
 
 def _draw(model: PreTrainedModel, name: str, seed: int) -> None:

@@ -23,13 +23,19 @@ class Family:
     ----------
     block_returns : callable
         Wraps a hidden state as a block of this family returns it; most return the bare tensor.
+    encoder : bool
+        Whether every token sees every other one: such a model writes no text, and its classifier sees one vector per
+        text, where a decoder's classifies every token and pools afterwards.
     """
 
     block_returns: BlockReturn = field(default=lambda hidden_BTD: hidden_BTD)
+    encoder: bool = False
 
 
 FAMILIES: dict[str, Family] = {
-    name: Family() for name in ("bert", "roberta", "gpt2", "llama", "mistral", "qwen2", "qwen3")
+    "bert": Family(encoder=True),
+    "roberta": Family(encoder=True),
+    **{name: Family() for name in ("gpt2", "llama", "mistral", "qwen2", "qwen3")},
 }
 """Families whose cut is proven exact in tests/exact, by `config.model_type`."""
 

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from vflair_flower.partition.plan import Mode
-from vflair_flower.partition.structure import hidden_size
+from vflair_flower.partition.structure import family_of, hidden_size
 from vflair_flower.session import Agreement, OperationSpec, TensorSpec
 from vflair_flower.settings import TaskKind
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
@@ -45,11 +45,13 @@ def agreement_for(spec: SplitSpec, config: PreTrainedConfig) -> Agreement:
     tokens = spec.training.max_tokens
     wire = (WIRE_DTYPES[spec.wire_dtype],)
     hidden_BTD = (rows, tokens, hidden_size(config))
+    answer: tuple[int, ...]
+    fixed: tuple[bool, ...]
     if spec.plan.mode is Mode.HBT:
         answer, fixed = hidden_BTD, (False, False, True)
     elif spec.task.kind is TaskKind.CAUSAL_LM:
         answer, fixed = (rows, tokens, int(config.get_text_config().vocab_size)), (False, False, True)
-    elif config.get_text_config().model_type in POOLED_BEFORE_HEAD:
+    elif family_of(config).encoder:
         answer, fixed = (rows, len(spec.task.label_names)), (False, True)
     else:
         answer, fixed = (rows, tokens, len(spec.task.label_names)), (False, False, True)
@@ -69,7 +71,3 @@ def agreement_for(spec: SplitSpec, config: PreTrainedConfig) -> Agreement:
             FINISH: OperationSpec((), ()),
         }
     )
-
-
-POOLED_BEFORE_HEAD = frozenset({"bert", "roberta"})
-"""Families whose classifier sees one vector per text; the others classify every token and pool afterwards."""

@@ -5,7 +5,6 @@ order of turns depends on the parties' names alone, not on who was quicker.
 """
 
 import threading
-import time
 from collections.abc import Callable, Iterable
 
 from vflair_flower.errors import DeadlineError, PartyLostError, SessionError
@@ -22,13 +21,20 @@ class Barrier:
         self._deadline_s = deadline_s
         self._changed = threading.Condition()
 
-    def arrive(self, member: str, act: Callable[[], None]) -> None:
+    def arrive(self, member: str, act: Callable[[list[str]], None]) -> None:
         """Wait until every member has arrived or left; `act` runs once, before anyone goes on.
+
+        Parameters
+        ----------
+        member : str
+            Who arrives.
+        act : callable
+            Gets the names of those who arrived and have not left since, in order.
 
         Raises
         ------
         PartyLostError
-            If the member itself was taken out.
+            If the member itself was taken out, before or while it waited.
         DeadlineError
             If others did not come in time; names them.
         """
@@ -39,18 +45,20 @@ class Barrier:
             self._arrived.add(member)
             self._act = act
             self._release_if_complete()
-            limit = time.monotonic() + self._deadline_s
-            while self._cycle == cycle:
-                left = limit - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    late = sorted(self._members - self._arrived)
-                    self._arrived.discard(member)
-                    raise DeadlineError(
-                        f"waited {self._deadline_s:g} s for the step of {', '.join(late)}; the body steps when every "
-                        "party has. Raise deadline_s if that party is merely slow."
-                    )
+            gone_on = self._changed.wait_for(
+                lambda: self._cycle != cycle or member not in self._members, self._deadline_s
+            )
+            if not gone_on:
+                late = sorted(self._members - self._arrived)
+                self._arrived.discard(member)
+                raise DeadlineError(
+                    f"waited {self._deadline_s:g} s for the step of {', '.join(late)}; the body steps when every "
+                    "party has. Raise deadline_s if that party is merely slow."
+                )
+            if self._cycle == cycle:
+                raise PartyLostError(member, "it left this round while its step was waiting for others")
             if self._failure is not None:
-                raise SessionError("the body's optimiser step failed") from self._failure
+                raise SessionError(f"the body's optimiser step failed: {self._failure}") from self._failure
 
     def leave(self, member: str) -> None:
         """Take a member out; whoever waits for it goes on."""
@@ -58,12 +66,13 @@ class Barrier:
             self._members.discard(member)
             self._arrived.discard(member)
             self._release_if_complete()
+            self._changed.notify_all()
 
     def _release_if_complete(self) -> None:
         if not self._arrived or self._members - self._arrived:
             return
         try:
-            self._act()
+            self._act(sorted(self._arrived))
             self._failure = None
         except Exception as error:
             self._failure = error
@@ -92,19 +101,17 @@ class Turns:
             If the turn did not come in time; names who has it.
         """
         with self._changed:
-            limit = time.monotonic() + self._deadline_s
-            while True:
-                if member not in self._queue:
-                    raise PartyLostError(member, "it has left this round and gets no more turns")
-                if self._queue[0] == member:
-                    self._holding = True
-                    return
-                left = limit - time.monotonic()
-                if left <= 0 or not self._changed.wait(left):
-                    raise DeadlineError(
-                        f"'{member}' waited {self._deadline_s:g} s for its turn; '{self._queue[0]}' has it. "
-                        "Raise deadline_s if that party is merely slow."
-                    )
+            in_time = self._changed.wait_for(
+                lambda: member not in self._queue or self._queue[0] == member, self._deadline_s
+            )
+            if not in_time:
+                raise DeadlineError(
+                    f"'{member}' waited {self._deadline_s:g} s for its turn; '{self._queue[0]}' has it. "
+                    "Raise deadline_s if that party is merely slow."
+                )
+            if member not in self._queue:
+                raise PartyLostError(member, "it has left this round and gets no more turns")
+            self._holding = True
 
     def give(self, member: str) -> None:
         """Hand the turn on."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vflair_flower.errors import SessionError
 from vflair_flower.remote import protocol
@@ -123,6 +124,7 @@ class _Call(torch.autograd.Function):
         return answer
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         hidden_grad = ctx.segment._backward(ctx.call, grads[0], ctx.like, ctx.wants_grad)
         return hidden_grad, None, None, None, None, None

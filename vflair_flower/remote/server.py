@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vflair_flower.errors import SessionError
+from vflair_flower.errors import PartyLostError, SessionError
 from vflair_flower.memory import ActivationMeter, MemoryParts, tensor_bytes
 from vflair_flower.partition import LoadedSegment, SegmentRunner, load_trained_state, make_trainable, trained_state
 from vflair_flower.remote import protocol
@@ -122,9 +122,9 @@ class SegmentServer:
         return ServedCounts(steps=self._update.steps_taken - self._first_step, tokens=self._tokens)
 
     def memory(self) -> MemoryParts:
-        """Return the peak memory of the segment, by part."""
+        """Return the peak memory of the segment, by part; parties' own copies of parameters count as parameters."""
         return MemoryParts(
-            parameters=tensor_bytes(self.module.parameters()),
+            parameters=tensor_bytes(self.module.parameters()) + self._update.copies_bytes(),
             gradients=self._gradient_bytes,
             optimizer=self._update.optimizer_bytes(),
             activations=self._meter.peak_bytes,
@@ -147,6 +147,11 @@ class SegmentServer:
         hidden_BTD = request.tensors["hidden"].to(torch.float32)
         mask_BT = request.tensors["attention_mask"]
         positions_BT = request.tensors.get("position_ids")
+        if mask_BT.shape != hidden_BTD.shape[:2] or (positions_BT is not None and positions_BT.shape != mask_BT.shape):
+            raise SessionError(
+                f"'{request.source}' sent a hidden state of shape {tuple(hidden_BTD.shape)} with a mask of shape "
+                f"{tuple(mask_BT.shape)}; mask and position ids need one value per token."
+            )
         keep = bool(request.meta["keep"])
         if keep and not self._training:
             raise SessionError(
@@ -155,14 +160,16 @@ class SegmentServer:
             )
         with self._lock:
             self._tokens += int(mask_BT.sum())
-        parameters = self._update.parameters_of(request.source) if self._training else self._update.parameters
+        parameters = self._update.parameters
+        if self._training:
+            self._refuse_if_left(request.source)
+            self._update.before_forward(request.source)
+            parameters = self._update.parameters_of(request.source)
         if not keep:
             with torch.no_grad():
-                output = self._run(hidden_BTD, mask_BT, positions_BT, within=self._on(parameters))
+                output = self._run(hidden_BTD, mask_BT, positions_BT, within=self._without_dropout(parameters))
             return Reply({self._answer: output.to(self._wire)})
-        call = int(request.meta["call"])
-        key = (request.source, call)
-        self._update.before_forward(request.source)
+        key = (request.source, int(request.meta["call"]))
         hidden_BTD.requires_grad_()
         with torch.enable_grad():
             output = self._run(
@@ -171,6 +178,8 @@ class SegmentServer:
         with self._lock:
             if request.source in self._open:
                 self._graphs[key] = _Graph(hidden_BTD, output, parameters)
+            else:
+                self._meter.release(key)
         return Reply({self._answer: output.detach().to(self._wire)})
 
     def _backward(self, request: Request) -> Reply:
@@ -188,24 +197,39 @@ class SegmentServer:
         gradients = torch.autograd.grad(graph.output, inputs, outputs_grad, allow_unused=True)
         self._meter.release(key)
         own = {n: g for n, g in zip(graph.parameters, gradients, strict=False) if g is not None}
-        self._gradient_bytes = max(self._gradient_bytes, len(self._open) * tensor_bytes(own.values()))
         self._update.add_gradients(request.source, own)
+        held_bytes = self._update.gradient_bytes()
+        with self._lock:
+            self._gradient_bytes = max(self._gradient_bytes, held_bytes)
         hidden_grad = gradients[-1] if wants_grad else None
         return Reply({} if hidden_grad is None else {"grad": hidden_grad.to(self._wire)})
 
     def _step(self, request: Request) -> Reply:
         if not self._training:
             raise SessionError(f"'{request.source}' asked for a step in a session that does not train.")
+        self._refuse_if_left(request.source)
+        rows = int(request.meta["rows"])
+        if rows < 1 or not self._update.has_gradients(request.source):
+            raise SessionError(
+                f"'{request.source}' asked for a step over {rows} rows, and "
+                f"{'some' if self._update.has_gradients(request.source) else 'no'} gradient has come from it since its "
+                "last one; the step would count for nothing. Run the forward and backward pass of a batch before it."
+            )
         self._drop_graphs(request.source)
         self._update.step(
             request.source,
             StepRequest(
-                rows=int(request.meta["rows"]),
+                rows=rows,
                 step=int(request.meta["step"]),
                 total_steps=int(request.meta["total_steps"]),
             ),
         )
         return Reply({})
+
+    def _refuse_if_left(self, party: str) -> None:
+        with self._lock:
+            if party not in self._open:
+                raise PartyLostError(party, "it has left this round, or was never in it, and may not train any more")
 
     @property
     def _answer(self) -> str:
@@ -224,26 +248,35 @@ class SegmentServer:
         """Run a forward pass on a party's parameters, with dropout that depends on party, round and call alone."""
         text = f"{self.spec.seed}|{self._round}|{key[0]}|{key[1]}"
         seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
-        with self._on(parameters), torch.random.fork_rng(), self._meter.measure(shape, key):
+        self._place(parameters)
+        with torch.random.fork_rng(), self._meter.measure(shape, key):
             torch.manual_seed(seed)
             yield
 
     @contextmanager
-    def _on(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    def _without_dropout(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Run a forward pass that nobody will differentiate: an evaluation, also in a session that trains."""
         self._place(parameters)
-        yield
+        self.module.eval()
+        try:
+            yield
+        finally:
+            self.module.train(self._training)
 
     def _place(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        for name, (owner, leaf) in self._places.items():
-            setattr(owner, leaf, parameters[name])
+        for name, places in self._places.items():
+            for owner, leaf in places:
+                setattr(owner, leaf, parameters[name])
 
 
-def _places(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, tuple[nn.Module, str]]:
-    """Where each trained parameter hangs."""
-    found = {}
-    for name in parameters:
-        owner, _, leaf = name.rpartition(".")
-        found[name] = (module.get_submodule(owner), leaf)
+def _places(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[nn.Module, str]]]:
+    """Where each trained parameter hangs; one that is tied hangs in several places."""
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    found: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in parameters}
+    for path, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            owner, _, leaf = path.rpartition(".")
+            found[names[id(parameter)]].append((module.get_submodule(owner), leaf))
     return found
 
 

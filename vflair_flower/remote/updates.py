@@ -11,6 +11,7 @@ not in random order, so that a run can be repeated; `replicated` copies only wha
 Invariant: the result does not depend on which party was quicker.
 """
 
+import copy
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from enum import StrEnum
 import torch
 from torch import Tensor, nn
 
+from vflair_flower.errors import PartyLostError
+from vflair_flower.memory import optimizer_bytes, tensor_bytes
 from vflair_flower.remote.schedule import Barrier, Turns
 from vflair_flower.settings import OptimizerSettings
 
@@ -68,21 +71,25 @@ class Update(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, object]:
-        """Return the optimisers' state for a checkpoint."""
+        """Return a copy of the optimisers' state for a checkpoint."""
 
     @abstractmethod
     def load_state(self, state: Mapping[str, object]) -> None:
         """Put back what `state` returned."""
 
-    def before_forward(self, party: str) -> None:
-        """Wait until the party may run a differentiable forward pass."""
+    def before_forward(self, party: str) -> None:  # noqa: B027 - most need not wait
+        """Wait until the party may run a forward pass."""
 
     def parameters_of(self, party: str) -> dict[str, nn.Parameter]:
         """Return the trained parameters that the party's calls run on, by name."""
         return self.parameters
 
-    def end(self) -> None:
+    def end(self) -> None:  # noqa: B027 - most have nothing to end
         """End the session; parties are gone."""
+
+    def copies_bytes(self) -> int:
+        """Return the bytes of parties' own copies of the trained parameters."""
+        return 0
 
     def add_gradients(self, party: str, gradients: Gradients) -> None:
         """Add the gradients of one backward pass to what the party steps with next."""
@@ -91,15 +98,19 @@ class Update(ABC):
             for name, gradient in gradients.items():
                 own[name] = own[name] + gradient if name in own else gradient
 
+    def has_gradients(self, party: str) -> bool:
+        """Whether the party has anything to step with."""
+        with self._lock:
+            return bool(self._gradients.get(party))
+
+    def gradient_bytes(self) -> int:
+        """Return the bytes of the gradients that wait for a step."""
+        with self._lock:
+            return sum(tensor_bytes(own.values()) for own in self._gradients.values())
+
     def optimizer_bytes(self) -> int:
         """Return the bytes of all optimisers' state."""
-        return sum(
-            value.numel() * value.element_size()
-            for optimizer in self._optimizers()
-            for state in optimizer.state.values()
-            for value in state.values()
-            if isinstance(value, Tensor)
-        )
+        return sum(optimizer_bytes(optimizer) for optimizer in self._optimizers())
 
     @abstractmethod
     def _optimizers(self) -> list[torch.optim.Optimizer]:
@@ -137,10 +148,10 @@ class _SharedOptimizer(Update):
         self._optimizer = optimizer.build(list(self.parameters.values()))
 
     def state(self) -> dict[str, object]:
-        return {"optimizer": self._optimizer.state_dict(), "steps": self.steps_taken}
+        return {"optimizer": copy.deepcopy(self._optimizer.state_dict()), "steps": self.steps_taken}
 
     def load_state(self, state: Mapping[str, object]) -> None:
-        self._optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # type: ignore[arg-type]
         self.steps_taken = int(state["steps"])  # type: ignore[call-overload]
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
@@ -166,14 +177,12 @@ class SynchronousUpdate(_SharedOptimizer):
         self._barrier.arrive(party, self._step_all)
 
     def leave(self, party: str, *, lost: bool) -> None:
-        with self._lock:
-            self._gradients.pop(party, None)
-            self._requests.pop(party, None)
         self._barrier.leave(party)
+        self._take(party)
 
-    def _step_all(self) -> None:
+    def _step_all(self, arrived: list[str]) -> None:
         with self._lock:
-            requests, self._requests = dict(sorted(self._requests.items())), {}
+            requests = {party: self._requests[party] for party in arrived}
         all_rows = sum(r.rows for r in requests.values())
         total: Gradients = {}
         for party, request in requests.items():
@@ -213,10 +222,12 @@ class ReplicatedUpdate(Update):
         self._replicas: dict[str, dict[str, nn.Parameter]] = {}
         self._own_optimizers: dict[str, torch.optim.Optimizer] = {}
         self._rows: dict[str, int] = {}
+        self._lost: set[str] = set()
 
     def begin(self, parties: Sequence[str], deadline_s: float) -> None:
         self._gradients.clear()
         self._rows = {}
+        self._lost = set()
         for party in parties:
             if party not in self._replicas:
                 self._add(party)
@@ -231,12 +242,15 @@ class ReplicatedUpdate(Update):
         optimizer, replica = self._own_optimizers[party], self._replicas[party]
         self._apply(optimizer, replica, self._take(party), request)
         with self._lock:
+            if party in self._lost:
+                raise PartyLostError(party, "it left this round during its step")
             self._rows[party] = self._rows.get(party, 0) + request.rows
 
     def leave(self, party: str, *, lost: bool) -> None:
         self._take(party)
         if lost:  # its head and tail are lost as well, so its copy of the body would fit nothing
             with self._lock:
+                self._lost.add(party)
                 self._rows.pop(party, None)
 
     def end(self) -> None:
@@ -252,14 +266,17 @@ class ReplicatedUpdate(Update):
         self._rows = {}
 
     def state(self) -> dict[str, object]:
-        own = {party: optimizer.state_dict() for party, optimizer in self._own_optimizers.items()}
+        own = {party: copy.deepcopy(optimizer.state_dict()) for party, optimizer in self._own_optimizers.items()}
         return {"optimizers": own, "steps": self.steps_taken}
 
     def load_state(self, state: Mapping[str, object]) -> None:
         self.steps_taken = int(state["steps"])  # type: ignore[call-overload]
         for party, own in state["optimizers"].items():  # type: ignore[attr-defined]
             self._add(party)
-            self._own_optimizers[party].load_state_dict(own)
+            self._own_optimizers[party].load_state_dict(copy.deepcopy(own))
+
+    def copies_bytes(self) -> int:
+        return sum(tensor_bytes(replica.values()) for replica in self._replicas.values())
 
     def _add(self, party: str) -> None:
         replica = {name: nn.Parameter(p.detach().clone()) for name, p in self.parameters.items()}

@@ -7,26 +7,13 @@ both then wrap, scale and are escaped like the rest of the page.
 import io
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 BLUE = "#1f5fbf"
 AMBER = "#f0b866"
 GREY = "#6b7482"
-INK = "#2a3342"
 PARTS = ("#1f5fbf", "#8fb6ea", "#e0a23c", "#7a6bb8", "#5aa88f", "#c8657b", "#9aa3b2")
-
-_RC: dict[str, object] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "vflair",
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.size": 8.5,
-    "axes.edgecolor": "#b8bfca",
-    "axes.linewidth": 0.8,
-    "xtick.color": "#5a6473",
-    "ytick.color": "#5a6473",
-    "axes.labelcolor": "#5a6473",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,11 +39,10 @@ def curves(curves: Sequence[Curve], *, ident: str, rounds: Sequence[int], fracti
     fractions : bool
         Whether values lie in 0..1 and are shown as %.
     """
-    import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import PercentFormatter
 
-    with matplotlib.rc_context(_RC):
+    with _style():
         figure = Figure(figsize=(4.7, 2.6))
         axes = figure.add_axes((0.1, 0.16, 0.87, 0.79))
         marker_size = 4.0 if len(rounds) <= 40 else 0.0
@@ -68,8 +54,10 @@ def curves(curves: Sequence[Curve], *, ident: str, rounds: Sequence[int], fracti
                 axes.plot(rounds, values, color=curve.color, linewidth=6, marker="o", markersize=2.2 * marker_size,
                           solid_capstyle="round", solid_joinstyle="round", markeredgewidth=0, zorder=2)  # fmt: skip
             else:
-                axes.plot(rounds, values, color=curve.color, linewidth=1.8, marker="o", markersize=marker_size, zorder=3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+                axes.plot(
+                    rounds, values, color=curve.color, linewidth=1.8, marker="o", markersize=marker_size, zorder=3
+                )
+        _round_ticks(axes, rounds)
         if rounds:
             axes.set_xlim(min(rounds) - 0.35 - 0.01 * len(rounds), max(rounds) + 0.35 + 0.01 * len(rounds))
         if fractions:
@@ -84,24 +72,54 @@ def curves(curves: Sequence[Curve], *, ident: str, rounds: Sequence[int], fracti
 
 def stacked_bars(parts: Mapping[str, Sequence[float]], *, ident: str, rounds: Sequence[int]) -> str:
     """Draw one bar per round, stacked of named parts in seconds, and return the SVG; colours are `PARTS` in order."""
-    import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    with matplotlib.rc_context(_RC):
+    with _style():
         figure = Figure(figsize=(4.7, 2.6))
         axes = figure.add_axes((0.1, 0.16, 0.87, 0.79))
         below = [0.0] * len(rounds)
         for index, values in enumerate(parts.values()):
             axes.bar(rounds, values, bottom=below, color=PARTS[index % len(PARTS)], width=0.62, zorder=2)
             below = [low + value for low, value in zip(below, values, strict=True)]
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+        _round_ticks(axes, rounds)
         if rounds:
             axes.set_xlim(min(rounds) - 0.7, max(max(rounds) + 0.7, min(rounds) + 2.3))
         axes.set_xlabel("round")
         axes.yaxis.set_major_formatter("{x:g} s")
         _quiet(axes)
         return _svg(figure, ident)
+
+
+def _style() -> AbstractContextManager[None]:
+    """Return the settings that all pictures are drawn under."""
+    import matplotlib
+
+    return matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": "vflair",  # the same result gives the same bytes
+            "text.parse_math": False,
+            "font.family": "sans-serif",
+            "font.size": 8.5,
+            "axes.edgecolor": "#b8bfca",
+            "axes.linewidth": 0.8,
+            "xtick.color": "#5a6473",
+            "ytick.color": "#5a6473",
+            "axes.labelcolor": "#5a6473",
+        }
+    )
+
+
+def _round_ticks(axes: object, rounds: Sequence[int]) -> None:
+    """Mark rounds that there were, and all of them when they are few."""
+    from matplotlib.axes import Axes
+    from matplotlib.ticker import MaxNLocator
+
+    assert isinstance(axes, Axes)
+    if len(rounds) <= 8:
+        axes.set_xticks(list(rounds))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
 def _quiet(axes: object) -> None:
@@ -118,12 +136,11 @@ def _quiet(axes: object) -> None:
 
 def _svg(figure: object, ident: str) -> str:
     """Return the picture as an element that can stand beside others in one page."""
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
     assert isinstance(figure, Figure)
     text = io.StringIO()
-    FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
+    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return embedded(text.getvalue(), ident)
 
 

@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from vflair_flower.report import figures, numbers
 from vflair_flower.report.files import write_atomically
-from vflair_flower.report.observers import NO_ONE, grave_rows, tensor_name
+from vflair_flower.report.observers import NO_ONE, grave_rows, on_one_machine, tensor_name
 from vflair_flower.report.result import ModelSummary, ObserverRow, PartySummary, Result, RoundSummary
 from vflair_flower.report.wording import headline, verdict
 
@@ -62,7 +62,7 @@ def render(result: Result) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("count", "large", "size", "percent", "points", "interval", "duration"):
+    for name in ("count", "counted", "large", "size", "percent", "points", "interval", "duration"):
         environment.filters[name] = getattr(numbers, name)
     environment.globals["share"] = numbers.share
     return environment.get_template("report.html.j2").render(
@@ -80,6 +80,7 @@ def render(result: Result) -> str:
         memory_parts=list(zip(_MEMORY_PARTS, figures.PARTS, strict=False)),
         largest_memory=max(1, *(party.peak_memory_bytes for party in result.parties)),
         flows=_flows(result),
+        one_machine=on_one_machine(result.observers),
         graves=grave_rows(result.observers),
         observer_groups=_by_observer(row for row in result.observers if row.observer != NO_ONE),
         hidden_from_all=[row for row in result.observers if row.observer == NO_ONE],
@@ -119,7 +120,13 @@ def _parts(result: Result) -> list[Part]:
     if model.partition == "HT":
         cells = (*_blocks(head, model.num_blocks), "task head")
         parts.append(
-            Part(title="Tail", held_by=hosts, role=host, cells=cells, text=_stretch("", head, model.num_blocks, "task head"))
+            Part(
+                title="Tail",
+                held_by=hosts,
+                role=host,
+                cells=cells,
+                text=_stretch("", head, model.num_blocks, "task head"),
+            )
         )
         return parts
     parts.append(
@@ -144,27 +151,24 @@ def _parts(result: Result) -> list[Part]:
 
 
 def _blocks(start: int, stop: int) -> tuple[str, ...]:
-    """Name each block by its number; of many, only the first and the last, as the others are too narrow."""
-    many = stop - start > 8
-    return tuple("" if many and index not in (start, stop - 1) else str(index) for index in range(start, stop))
+    """Name each block by its number; many are too narrow for one."""
+    return tuple(str(index) if stop - start <= 8 else "" for index in range(start, stop))
 
 
 def _stretch(before: str, start: int, stop: int, after: str = "") -> str:
-    if stop - start > 1:
-        blocks = f"blocks {start}{numbers.DASH}{stop - 1}"
-    else:
-        blocks = f"block {start}" if stop > start else ""
+    blocks = f"blocks {start}{numbers.DASH}{stop - 1}" if stop - start > 1 else f"block {start}" if stop > start else ""
     return ", ".join(text for text in (before, blocks, after) if text) or "no block"
 
 
-def _names(parties: Sequence[PartySummary], *, shown: int = 6) -> str:
-    names = [party.name for party in parties]
-    if len(names) > shown:
-        return f"{', '.join(names[: shown - 1])} and {len(names) - shown + 1} more"
-    return ", ".join(names)
+def _names(parties: Sequence[PartySummary]) -> str:
+    """Name the parties, or count them where names would not fit the box."""
+    names = ", ".join(party.name for party in parties)
+    return names if len(names) <= 90 or len(parties) == 1 else f"the {len(parties)} parties below"
 
 
 def _loss_figure(rounds: Sequence[RoundSummary]) -> Markup:
+    if all(summary.loss is None and summary.unsplit_loss is None for summary in rounds):
+        return Markup("")
     lines = [
         figures.Curve(values=[summary.unsplit_loss for summary in rounds], color=figures.AMBER, style="wide"),
         figures.Curve(values=[summary.loss for summary in rounds], color=figures.BLUE, style="thin"),
@@ -174,6 +178,8 @@ def _loss_figure(rounds: Sequence[RoundSummary]) -> Markup:
 
 def _metric_figure(result: Result) -> Markup:
     rounds = result.rounds
+    if all(summary.metric is None and summary.unsplit_metric is None for summary in rounds):
+        return Markup("")
     lines = [
         figures.Curve(values=[result.metric.majority], color=figures.GREY, style="dashed"),
         figures.Curve(values=[summary.unsplit_metric for summary in rounds], color=figures.AMBER, style="wide"),
@@ -183,6 +189,8 @@ def _metric_figure(result: Result) -> Markup:
 
 
 def _time_figure(rounds: Sequence[RoundSummary]) -> Markup:
+    if not _second_parts(rounds):
+        return Markup("")
     parts = {name: [summary.seconds.get(name, 0.0) for summary in rounds] for name in _second_parts(rounds)}
     return Markup(figures.stacked_bars(parts, ident="time", rounds=_numbers(rounds)))
 

@@ -15,6 +15,11 @@ def count(value: int) -> str:
     return f"{value:,}"
 
 
+def counted(value: int, noun: str) -> str:
+    """``1`` row, ``2,400`` rows."""
+    return f"{count(value)} {noun}{'' if value == 1 else 's'}"
+
+
 def large(value: int) -> str:
     """``22713216`` is ``22.7 M``: for counts of parameters."""
     for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
@@ -47,9 +52,8 @@ def share(part: float, whole: float) -> str:
 
 
 def points(difference: float) -> str:
-    """``-0.002`` is ``−0.2 points``."""
-    figure = _signed(difference)
-    return f"{figure}{NBSP}point{'' if figure[1:] == '1.0' else 's'}"
+    """``0.002`` is ``0.2 points``."""
+    return f"{100 * difference:.1f}{NBSP}points"
 
 
 def interval(value: Interval) -> str:

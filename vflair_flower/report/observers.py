@@ -35,6 +35,7 @@ ADAPTERS = "adapters"
 TEXT = "text"
 LABELS = "labels"
 UNDESCRIBED = "undescribed tensor"
+_NO_NETWORK = "nothing: all parties ran on one machine"
 _GRAVE = (UNDESCRIBED, TEXT, LABELS, SMASHED, GRADIENT, LOGITS, ADAPTERS, "all tensors")
 
 Key = tuple[str, str, str]
@@ -68,7 +69,7 @@ _STEP = _Kind(
 )
 _HEAD_GRADIENT = _Kind(
     name="gradient for the head",
-    allows="learn how the model party's blocks react to its own rows (model extraction); it holds no other party's text",
+    allows="learn how the model party's blocks react to its own rows (model extraction)",
     uncovered="some knowledge of blocks it does not hold",
 )
 
@@ -156,7 +157,9 @@ def observer_table(
     return tuple(rows)
 
 
-def tensor_name(entry: TrafficEntry, *, partition: Partition, num_blocks: int, head_blocks: int, tail_blocks: int) -> str:
+def tensor_name(
+    entry: TrafficEntry, *, partition: Partition, num_blocks: int, head_blocks: int, tail_blocks: int
+) -> str:
     """Return the plain name of the tensor of a ledger entry, or one that says that it has none."""
     kinds = _kinds(partition, num_blocks=num_blocks, head_blocks=head_blocks, tail_blocks=tail_blocks)
     key = _key(entry)
@@ -171,6 +174,11 @@ def grave_rows(rows: Iterable[ObserverRow]) -> tuple[ObserverRow, ...]:
         if row.covered_by is None
         and (row.tensor.startswith(UNDESCRIBED) or (row.observer != DATA_PARTY and row.tensor.startswith(_GRAVE)))
     )
+
+
+def on_one_machine(rows: Iterable[ObserverRow]) -> bool:
+    """Return whether the table says that no network lay between the parties."""
+    return any(row.observer == NETWORK and row.tensor == _NO_NETWORK for row in rows)
 
 
 def text_stayed(rows: Iterable[ObserverRow]) -> bool:
@@ -247,7 +255,9 @@ def _with_control(seen: Seen, control: ControlTraffic | None) -> Seen:
     return Seen(bytes=seen.bytes + control.bytes, messages=seen.messages + control.messages)
 
 
-def _check_defences(covers: Mapping[str, tuple[str, str]], ledger: Sequence[TrafficEntry], adapters: Sequence[str]) -> None:
+def _check_defences(
+    covers: Mapping[str, tuple[str, str]], ledger: Sequence[TrafficEntry], adapters: Sequence[str]
+) -> None:
     sent = {entry.tensor for entry in ledger if entry.direction == "up"} | ({ADAPTERS} if adapters else set())
     for tensor, (mechanism, _) in covers.items():
         if tensor not in sent:
@@ -309,7 +319,7 @@ def _computed_rows(partition: Partition, by_key: Mapping[Key, Seen]) -> list[Obs
                 seen=by_key[("forward", "down", "hidden")],
                 allows="complete the model with a tail of its own, or the public one, and guess the answers (model completion)",
                 covered_by=None,
-                uncovered="much about the answers, the more the less the tail was trained",
+                uncovered="much about the answers, and more the less the tail was trained",
             )
         ]
     return []
@@ -328,7 +338,7 @@ def _hub_rows(merged: bool, body_host: str, *, tls: bool, seen: Seen, adapters: 
                 uncovered="the same as at the model party; choose a hub that every party trusts as much",
             )
         ]
-    sees_adapters = "; with the adapters it knows heads and tails as well, which makes inversion easier" if adapters else ""
+    sees_adapters = _with_adapters(adapters)
     return [
         ObserverRow(
             observer=HUB_OPERATOR,
@@ -341,15 +351,30 @@ def _hub_rows(merged: bool, body_host: str, *, tls: bool, seen: Seen, adapters: 
     ]
 
 
+def _with_adapters(adapters: Sequence[str]) -> str:
+    """Say what one operator gains from the adapters of the parts that it does not hold itself."""
+    gains: list[str] = []
+    if "head" in adapters:
+        gains.append("know the trained head, which makes model inversion easier")
+    if "tail" in adapters:
+        gains.append("run the trained tail, and so read the model's answer to every row")
+    return "".join(f"; {gain}" for gain in gains)
+
+
 def _aggregation_rows(
-    adapters: Sequence[str], control: ControlTraffic | None, companies: Sequence[str], covers: Mapping[str, tuple[str, str]]
+    adapters: Sequence[str],
+    control: ControlTraffic | None,
+    companies: Sequence[str],
+    covers: Mapping[str, tuple[str, str]],
 ) -> list[ObserverRow]:
     seen = Seen(bytes=control.bytes, messages=control.messages) if control else None
     rows: list[ObserverRow] = []
     if adapters:
         parts = " and ".join(adapters)
         covered_by, uncovered = _cover(
-            covers, ADAPTERS, "what each party's own update says about its rows; averaging hides it from the others only"
+            covers,
+            ADAPTERS,
+            "what each party's own update says about its rows; averaging hides it from the others only",
         )
         rows.append(
             ObserverRow(
@@ -400,7 +425,7 @@ def _network_row(*, tls: bool, loopback: bool, seen: Seen) -> ObserverRow:
     if loopback:
         return ObserverRow(
             observer=NETWORK,
-            tensor="nothing: all parties ran on one machine",
+            tensor=_NO_NETWORK,
             seen=Seen(bytes=0, messages=0),
             allows="see nothing; whoever administers the machine sees all of it",
             covered_by="loopback (no network between parties)",
@@ -426,7 +451,11 @@ def _no_one_rows(
     never: list[tuple[str, str, str]] = []
     if text_stays and "input_ids" not in sent:
         never.append(
-            (f"{TEXT} and its token numbers", "not sent: embedding and head run at the data party", "reconstruction from smashed data, above")
+            (
+                f"{TEXT} and its token numbers",
+                "not sent: embedding and head run at the data party",
+                "reconstruction from smashed data, above",
+            )
         )
     if labels_stay and "labels" not in sent and not gives_labels_away:
         never.append((LABELS, f"not sent: {last} at the data party", "inference from gradients and answers, above"))

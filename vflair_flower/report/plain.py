@@ -46,7 +46,9 @@ def from_plain(cls: type[T], value: object, *, where: str = "") -> T:
         A field is missing, unknown or of the wrong type, or the dataclass refuses its values.
     """
     if not isinstance(value, Mapping):
-        raise ConfigurationError(f"{_named(where)} is {_shown(value)}, expected an object with the fields of {cls.__name__}.")
+        raise ConfigurationError(
+            f"{_named(where)} is {_shown(value)}, expected an object with the fields of {cls.__name__}."
+        )
     hints = typing.get_type_hints(cls)
     names = [field.name for field in dataclasses.fields(cast("type[typing.Any]", cls))]
     for name in names:
@@ -72,7 +74,9 @@ def _convert(hint: object, value: object, where: str) -> object:
     if origin is Literal:
         if value in arguments:
             return value
-        raise ConfigurationError(f"Field '{where}' is {_shown(value)}, expected one of {', '.join(map(repr, arguments))}.")
+        raise ConfigurationError(
+            f"Field '{where}' is {_shown(value)}, expected one of {', '.join(map(repr, arguments))}."
+        )
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigurationError(f"Field '{where}' is {_shown(value)}, expected a list.")

@@ -84,7 +84,9 @@ class Interval:
 
     def __post_init__(self) -> None:
         if not self.low <= self.high:
-            raise ConfigurationError(f"interval.low is {self.low} and interval.high is {self.high}; low must not exceed high.")
+            raise ConfigurationError(
+                f"interval.low is {self.low} and interval.high is {self.high}; low must not exceed high."
+            )
         if not 0 < self.confidence < 1:
             raise ConfigurationError(f"interval.confidence is {self.confidence}; give a fraction such as 0.95.")
 
@@ -340,7 +342,9 @@ class Result:
         try:
             text = json.dumps(self.to_json(), indent=2, allow_nan=False)
         except ValueError as error:
-            raise ConfigurationError(f"The result holds a number that JSON cannot carry ({error}). Use None.") from error
+            raise ConfigurationError(
+                f"The result holds a number that JSON cannot carry ({error}). Use None."
+            ) from error
         write_atomically(path, text + "\n")
 
     @classmethod

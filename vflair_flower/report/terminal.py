@@ -3,7 +3,7 @@
 from itertools import groupby
 from pathlib import Path
 
-from vflair_flower.report.numbers import NBSP, count, duration, interval, large, percent, share, size
+from vflair_flower.report.numbers import NBSP, count, counted, duration, interval, large, percent, share, size
 from vflair_flower.report.observers import grave_rows
 from vflair_flower.report.result import PartySummary, Result
 from vflair_flower.report.wording import verdict
@@ -59,7 +59,7 @@ def _result_lines(result: Result) -> list[str]:
     confidence = f"{100 * metric.split_interval.confidence:.0f} % interval"
     lines = [
         f"{metric.name} {percent(metric.split)} split ({confidence} {interval(metric.split_interval)}) "
-        f"on {count(metric.n)} {result.data.evaluated_on} rows"
+        f"on {counted(metric.n, f'{result.data.evaluated_on} row')}"
     ]
     if metric.unsplit is not None:
         around = f" ({interval(metric.unsplit_interval)})" if metric.unsplit_interval else ""
@@ -70,17 +70,16 @@ def _result_lines(result: Result) -> list[str]:
 
 
 def _time_line(result: Result) -> str:
-    rounds = len(result.rounds)
     lost = sorted({name for summary in result.rounds for name in summary.lost_parties})
     missing = f"; lost on the way: {', '.join(lost)}" if lost else ""
-    return f"{duration(result.duration_s)}, {rounds} round{'' if rounds == 1 else 's'}{missing}"
+    return f"{duration(result.duration_s)}, {counted(len(result.rounds), 'round')}{missing}"
 
 
 def _traffic_lines(result: Result) -> list[str]:
     traffic = result.traffic
     per_token = f", {size(traffic.total_bytes / result.tokens)} per training token" if result.tokens else ""
     return [
-        f"{size(traffic.total_bytes)} in {count(traffic.messages)} messages{per_token}",
+        f"{size(traffic.total_bytes)} in {counted(traffic.messages, 'message')}{per_token}",
         f"Flower messages {size(traffic.control.bytes)} in {count(traffic.control.messages)}",
     ]
 

@@ -1,6 +1,6 @@
 """The sentences that both the page and the terminal say about a result."""
 
-from vflair_flower.report.numbers import count, interval_of_difference, percent, points
+from vflair_flower.report.numbers import count, counted, interval_of_difference, percent, points
 from vflair_flower.report.observers import text_stayed
 from vflair_flower.report.result import MetricSummary, Result
 
@@ -18,7 +18,7 @@ def headline(result: Result) -> str:
         silence = ", without showing its text" if alone else ", none showing its text"
     unsplit = "" if metric.unsplit is None else f", unsplit {percent(metric.unsplit)}"
     return (
-        f"{who} {result.model.name} {together} on {count(train)} texts{silence}: "
+        f"{who} {result.model.name} {together} on {counted(train, 'text')}{silence}: "
         f"{percent(metric.split)} of held-out texts right{unsplit}, "
         f"guessing the commonest class {percent(metric.majority)}."
     )
@@ -32,7 +32,8 @@ def verdict(metric: MetricSummary) -> str:
     if metric.unsplit is None or metric.difference is None:
         says.append("No unsplit model was trained beside it, so nothing is known about what splitting cost.")
         return " ".join(says)
-    gap = f"The split model is at {points(metric.difference)} to the unsplit one"
+    above = "above" if metric.difference > 0 else "below"
+    gap = f"The split model is {points(abs(metric.difference))} {above} the unsplit one"
     between = metric.difference_interval
     if metric.split == metric.unsplit:
         gap = "The split model scores exactly as the unsplit one"
@@ -40,8 +41,10 @@ def verdict(metric: MetricSummary) -> str:
         says.append(f"{gap}.")
     elif between.low <= 0 <= between.high:
         says.append(
-            f"{gap} ({interval_of_difference(between)}): on {count(metric.n)} texts, no difference can be told from chance."
+            f"{gap} ({interval_of_difference(between)}): on {counted(metric.n, 'text')}, no difference can be told from chance."
         )
     else:
-        says.append(f"{gap} ({interval_of_difference(between)}): more than chance explains on {count(metric.n)} texts.")
+        says.append(
+            f"{gap} ({interval_of_difference(between)}): more than chance explains on {counted(metric.n, 'text')}."
+        )
     return " ".join(says)

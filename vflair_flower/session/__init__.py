@@ -1,0 +1,30 @@
+"""Sessions: how parties exchange tensors during a round, through one hub, checked against one agreement.
+
+What it is: calls and replies over one outgoing stream per party, with tickets, deadlines, typed losses and a ledger.
+What it is not: aware of models or of Flower.  Invariant: a frame that was not agreed is refused before anything is
+allocated for it, and no call waits beyond its deadline.
+"""
+
+from vflair_flower.session.agreement import Agreement, OperationSpec, TensorSpec
+from vflair_flower.session.calls import Handler, Reply, Request
+from vflair_flower.session.grpc_plane import TlsServerFiles
+from vflair_flower.session.hub import Hub
+from vflair_flower.session.hub_session import HubSession
+from vflair_flower.session.ledger import Ledger, LedgerEntry
+from vflair_flower.session.link import Link, connect
+
+__all__ = [
+    "Agreement",
+    "Handler",
+    "Hub",
+    "HubSession",
+    "Ledger",
+    "LedgerEntry",
+    "Link",
+    "OperationSpec",
+    "Reply",
+    "Request",
+    "TensorSpec",
+    "TlsServerFiles",
+    "connect",
+]
