@@ -36,6 +36,10 @@ class Checkpoint:
         `SegmentServer.state()`, or None where a node holds the body.
     history : list[dict]
         What is known of the rounds so far, as JSON values.
+    ledger : str
+        JSON of what has crossed so far.
+    reports : dict[str, dict]
+        Each party's newest report, as JSON values.
     """
 
     server_round: int
@@ -43,6 +47,8 @@ class Checkpoint:
     arrays: dict[str, Tensor]
     body: dict[str, Any] | None
     history: list[dict[str, Any]] = field(default_factory=list)
+    ledger: str = "[]"
+    reports: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
@@ -54,7 +60,8 @@ def save_checkpoint(root: Path, checkpoint: Checkpoint) -> Path:
     save_file({name: tensor.contiguous() for name, tensor in checkpoint.arrays.items()}, draft / "arrays.safetensors")
     if checkpoint.body is not None:
         torch.save(checkpoint.body, draft / "body.pt")
-    about = {"server_round": checkpoint.server_round, "spec": checkpoint.spec, "history": checkpoint.history}
+    kept = ("server_round", "spec", "history", "ledger", "reports")
+    about = {name: getattr(checkpoint, name) for name in kept}
     (draft / "round.json").write_text(json.dumps(about))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
@@ -90,9 +97,7 @@ def load_checkpoint(root: Path, *, spec: str) -> Checkpoint | None:
             f"the checkpoint {folder} was written with other settings: {'; '.join(odd)}. "
             "Resume with the settings of the job that wrote it."
         )
-    return Checkpoint(
-        server_round=about["server_round"], spec=about["spec"], arrays=arrays, body=body, history=about["history"]
-    )
+    return Checkpoint(arrays=arrays, body=body, **about)
 
 
 def _folders(root: Path) -> list[Path]:

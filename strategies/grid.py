@@ -25,7 +25,7 @@ class SessionGrid(Grid):
     data_nodes : callable
         Returns the node ids of the data parties; None before they are known.
     may_still_come : callable
-        Told the nodes whose replies are missing and those that have come; returns which are worth waiting for.
+        Told the nodes whose replies are missing; says whether they are worth waiting for.
     on_reply : callable
         Told each reply as it comes.
     """
@@ -35,7 +35,7 @@ class SessionGrid(Grid):
         inner: Grid,
         *,
         data_nodes: Callable[[], list[int] | None],
-        may_still_come: Callable[[set[int]], set[int]],
+        may_still_come: Callable[[set[int]], bool],
         on_reply: Callable[[Message], None],
     ) -> None:
         self.inner = inner

@@ -10,8 +10,8 @@ held here or by a node of its own.  Not here: anybody's rows, and in Head-Body-T
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from logging import INFO, WARNING
+from dataclasses import asdict, dataclass, field
+from logging import INFO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,29 +22,19 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from vflair_flower.control import (
-    HELLO,
-    KEY,
-    MODEL_PARTY_ROLE,
-    SERVE,
-    PartyCard,
-    RoundReport,
-    SessionOffer,
-    package_versions,
-)
-from vflair_flower.errors import ConfigurationError, PartyLostError, SessionError
-from vflair_flower.memory import process_peak_bytes
+from vflair_flower.control import KEY, MODEL_PARTY_ROLE, SERVE, PartyCard, RoundReport
+from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import load_config, load_segment, resolve_model
 from vflair_flower.partition.structure import num_blocks
-from vflair_flower.remote import MODEL_PARTY, BodyMode, SegmentServer, agreement_for, parameter_counts
-from vflair_flower.session import HubSession, Ledger
+from vflair_flower.remote import MODEL_PARTY, BodyMode, SegmentServer, agreement_for
+from vflair_flower.session import Ledger
 from vflair_flower.settings import one_of
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vflair_flower.strategies.grid import SessionGrid
 from vflair_flower.strategies.hub_settings import HubSettings
-
-_GRACE_S = 5.0
+from vflair_flower.strategies.meeting import meet
+from vflair_flower.strategies.sessions import Outcome, RoundSession, SessionSettings
 
 
 @dataclass(kw_only=True)
@@ -118,7 +108,6 @@ class SplitLearning(Strategy):
             raise ConfigurationError("resume is set, but checkpoint_dir is not; name the folder of the checkpoints.")
         self.spec = spec
         self.aggregator = aggregator
-        self.body_mode = BodyMode(body_mode)
         self.history: list[RoundRecord] = []
         self.ledger = Ledger()
         self.cards: dict[int, PartyCard] = {}
@@ -129,27 +118,31 @@ class SplitLearning(Strategy):
         self.control_bytes = 0
         self.control_messages = 0
         """What Flower messages carried, both ways: arrays and records."""
-        self._hub_settings = hub or HubSettings()
-        self._hub = self._hub_settings.build()
-        self._deadline_s = deadline_s
-        self._join_deadline_s = join_deadline_s
-        self._on_party_lost = on_party_lost
-        self._job = job
         self._checkpoint_dir = checkpoint_dir
         self._resume = resume
-        self._progress_s = progress_s
         source = resolve_model(spec.model, base_dir)
         self.config = load_config(source, spec.task)
-        blocks = num_blocks(self.config)
-        self._trusted_pem = self._hub_settings.trusted_pem()
-        self._agreement = agreement_for(spec, self.config)
+        """The model's configuration."""
+        segment = spec.plan.model_party(num_blocks(self.config))
+        hub_settings = hub or HubSettings()
+        self._hub = hub_settings.build()
+        self._sessions = SessionSettings(
+            spec=spec,
+            agreement=agreement_for(spec, self.config),
+            hub=hub_settings,
+            body_mode=BodyMode(body_mode),
+            job=job,
+            deadline_s=deadline_s,
+            join_deadline_s=join_deadline_s,
+            on_party_lost=on_party_lost,
+            progress_s=progress_s,
+        )
         self._body: SegmentServer | None = None
-        segment = spec.plan.model_party(blocks)
         if model_party == "strategy":
             loaded = load_segment(source, segment, spec.task, seed=spec.seed)
-            self._body = SegmentServer(loaded, spec, body_mode=self.body_mode, deadline_s=deadline_s)
-        self._body_state: dict[str, Tensor] | None = None
-        self._open: _OpenSession | None = None
+            self._body = SegmentServer(loaded, spec, body_mode=BodyMode(body_mode), deadline_s=deadline_s)
+        self._shared_body_state: dict[str, Tensor] | None = None
+        self._open: RoundSession | None = None
         self._first_round = 0
 
     # ---- life ----
@@ -167,8 +160,9 @@ class SplitLearning(Strategy):
         """Log the strategy's settings."""
         plan = self.spec.plan
         log(INFO, "\t├──> Partition: %s, %d head and %d tail blocks", plan.mode, plan.head_blocks, plan.tail_blocks)
-        log(INFO, "\t├──> Body: %s, held by %s", self.body_mode, "the strategy" if self._body else "a node")
-        log(INFO, "\t├──> Hub: %s, deadline %g s", self._hub.address, self._deadline_s)
+        holder = "the strategy" if self._body else "a node"
+        log(INFO, "\t├──> Body: %s, held by %s", self._sessions.body_mode, holder)
+        log(INFO, "\t├──> Hub: %s, deadline %g s", self._hub.address, self._sessions.deadline_s)
         log(INFO, "\t└──> Aggregator: %s", type(self.aggregator).__name__)
         self.aggregator.summary()
 
@@ -210,9 +204,14 @@ class SplitLearning(Strategy):
         if self._resume:
             assert self._checkpoint_dir is not None
             checkpoint = load_checkpoint(self._checkpoint_dir, spec=self.spec.to_json())
-        self._meet(watching, want_arrays=initial_arrays is None and checkpoint is None)
-        if initial_arrays is not None:
-            self.arrays = initial_arrays
+        self.cards, drawn = meet(
+            watching.inner,
+            self.spec,
+            want_arrays=initial_arrays is None and checkpoint is None,
+            body_here=self._body is not None,
+            timeout_s=self._sessions.join_deadline_s,
+        )
+        self.arrays = drawn if initial_arrays is None else initial_arrays
         if checkpoint is not None:
             self._restore(checkpoint)
         rounds = self.spec.training.rounds if num_rounds is None else num_rounds
@@ -243,13 +242,12 @@ class SplitLearning(Strategy):
         watching = self._watch(grid)
         server_round = self._first_round if not self.history else self.history[-1].server_round
         messages = self._configure("evaluate", server_round, self.arrays, config or ConfigRecord(), watching)
-        replies = list(watching.send_and_receive(messages, timeout=timeout))
-        kept, reports, _ = self._close(replies)
-        return self.aggregator.aggregate_evaluate(server_round, kept), reports
+        outcome = self._close(watching.send_and_receive(messages, timeout=timeout))
+        return self.aggregator.aggregate_evaluate(server_round, outcome.replies), outcome.reports
 
     def body_state(self) -> dict[str, Tensor] | None:
         """Return the body's trained state by global name; None if a node holds it and does not share it."""
-        return self._body.trained_state() if self._body else self._body_state
+        return self._body.trained_state() if self._body else self._shared_body_state
 
     # ---- Flower's hooks ----
 
@@ -267,17 +265,13 @@ class SplitLearning(Strategy):
         """Close the session and let the aggregator aggregate the heads and tails that came back."""
         server_round += self._first_round
         record = self.history[-1]
-        opened = self._open
-        kept, reports, lost = self._close(list(replies))
-        self.reports.update({report.party: report for report in reports})
-        record.lost.update(lost)
-        if opened is not None:
-            record.seconds["train"] = time.monotonic() - opened.started
-            record.sent_bytes = opened.session.ledger.total()
-        record.tokens = sum(r.tokens for r in reports if r.role != MODEL_PARTY_ROLE)
-        record.steps = max((r.steps for r in reports if r.role != MODEL_PARTY_ROLE), default=0)
+        outcome = self._close(replies)
+        self.reports.update({report.party: report for report in outcome.reports})
+        record.lost.update(outcome.lost)
+        record.sent_bytes, record.tokens, record.steps = outcome.sent_bytes, outcome.tokens, outcome.steps
+        record.seconds["train"] = outcome.seconds
         started = time.monotonic()
-        arrays, metrics = self.aggregator.aggregate_train(server_round, kept)
+        arrays, metrics = self.aggregator.aggregate_train(server_round, outcome.replies)
         record.seconds["aggregate"] = time.monotonic() - started
         record.train_metrics = _numbers(metrics)
         if arrays is not None:
@@ -294,14 +288,13 @@ class SplitLearning(Strategy):
         """Close the session, let the aggregator average the metrics, and write the round's checkpoint."""
         server_round += self._first_round
         record = self.history[-1]
-        opened = self._open
         metrics = None
-        if opened is not None:
-            kept, _, lost = self._close(list(replies))
-            record.lost.update(lost)
-            record.seconds["evaluate"] = time.monotonic() - opened.started
-            record.sent_bytes += opened.session.ledger.total()
-            metrics = self.aggregator.aggregate_evaluate(server_round, kept)
+        if self._open is not None:
+            outcome = self._close(replies)
+            record.lost.update(outcome.lost)
+            record.sent_bytes += outcome.sent_bytes
+            record.seconds["evaluate"] = outcome.seconds
+            metrics = self.aggregator.aggregate_evaluate(server_round, outcome.replies)
             record.evaluate_metrics = _numbers(metrics)
         self._save(server_round)
         return metrics
@@ -315,125 +308,44 @@ class SplitLearning(Strategy):
         asked = list(ask(server_round, arrays, config, grid))
         if not asked:
             return []
-        names = {m.metadata.dst_node_id: self._card(m.metadata.dst_node_id).party for m in asked}
-        self._open = opened = self._open_session(names, server_round, training=kind == "train")
+        nodes = {m.metadata.dst_node_id: self._card(m.metadata.dst_node_id).party for m in asked}
+        model_node = self._model_node()
+        if model_node is not None:
+            nodes[model_node] = MODEL_PARTY
+        self._open = opened = RoundSession(
+            settings=self._sessions,
+            hub=self._hub,
+            body=self._body,
+            nodes=nodes,
+            server_round=server_round,
+            training=kind == "train",
+        )
         messages = []
         for message in asked:
             node = message.metadata.dst_node_id
-            content = RecordDict({**message.content, KEY: opened.offer(names[node]).to_record()})
+            content = RecordDict({**message.content, KEY: opened.offer(node).to_record()})
             messages.append(Message(content, dst_node_id=node, message_type=message.metadata.message_type))
-        model_node = self._model_node()
         if model_node is not None:
-            content = RecordDict({KEY: opened.offer(MODEL_PARTY).to_record()})
+            content = RecordDict({KEY: opened.offer(model_node).to_record()})
             messages.append(Message(content, dst_node_id=model_node, message_type=f"train.{SERVE}"))
-            opened.nodes[model_node] = MODEL_PARTY
         for message in messages:
             self._count(message)
         return messages
+
+    def _close(self, replies: Iterable[Message]) -> Outcome:
+        opened, self._open = self._open, None
+        if opened is None:
+            raise ConfigurationError("there is nothing to aggregate: the wrapped aggregator sampled no data party.")
+        outcome = opened.close(list(replies))
+        self.ledger.merge(opened.session.ledger)
+        if outcome.body_state is not None:
+            self._shared_body_state = outcome.body_state
+        return outcome
 
     def _count(self, message: Message) -> None:
         self.control_messages += 1
         if message.has_content():
             self.control_bytes += sum(record.count_bytes() for record in message.content.values())
-
-    def _open_session(self, names: dict[int, str], server_round: int, *, training: bool) -> "_OpenSession":
-        parties = sorted(names.values())
-        body = self._body
-        if body is not None:
-            body.begin(parties, server_round=server_round, training=training)
-        session = self._hub.open_session(
-            parties if body is not None else [*parties, MODEL_PARTY],
-            self._agreement,
-            hosts={} if body is None else {MODEL_PARTY: body},
-            deadline_s=self._deadline_s,
-            join_deadline_s=self._join_deadline_s,
-            on_lost=self._lost,
-        )
-
-        def offer(party: str) -> SessionOffer:
-            return SessionOffer(
-                spec=self.spec.to_json(),
-                agreement=self._agreement.to_json(),
-                job=self._job,
-                address=self._hub.address,
-                session=session.id,
-                ticket=session.tickets[party],
-                party=party,
-                parties=parties,
-                server_round=server_round,
-                training=training,
-                deadline_s=self._deadline_s,
-                body_mode=str(self.body_mode),
-                root_certificates=self._trusted_pem,
-                allow_plaintext=self._hub_settings.allow_plaintext,
-            )
-
-        return _OpenSession(session=session, nodes=dict(names), offer=offer, training=training)
-
-    def _lost(self, party: str, reason: str) -> None:
-        """Tell the body, so that nobody waits for the party; called by the hub."""
-        if self._body is not None:
-            self._body.leave(party, lost=True)
-        opened = self._open
-        if opened is None:
-            return
-        if party == MODEL_PARTY:
-            opened.session.abort(f"the model party is lost: {reason}")
-        elif self._on_party_lost == "stop":
-            opened.session.abort(f"party '{party}' is lost: {reason}")
-
-    def _close(self, replies: list[Message]) -> tuple[list[Message], list[RoundReport], dict[str, str]]:
-        """Close the open session; returns the data parties' replies without our records, all reports, who was lost."""
-        opened, self._open = self._open, None
-        if opened is None:
-            return replies, [], {}
-        lost = {**opened.session.lost, **opened.failures}
-        opened.session.close()
-        self.ledger.merge(opened.session.ledger)
-        if self._body is not None:
-            self._body.end()
-        kept, reports = [], []
-        # By name, not as they came: a sum of floats depends on its order, and a job must be able to repeat itself.
-        for reply in sorted(replies, key=lambda r: opened.nodes.get(r.metadata.src_node_id, "")):
-            party = opened.nodes.get(reply.metadata.src_node_id, "")
-            if reply.has_error():
-                lost.setdefault(party, reply.error.reason)
-                continue
-            reports.append(RoundReport.from_content(reply.content))
-            if party == MODEL_PARTY:
-                if "body" in reply.content:
-                    self._body_state = reply.content.array_records["body"].to_torch_state_dict()
-            else:
-                del reply.content[KEY]
-                kept.append(reply)
-        if self._body is not None and opened.training:
-            reports.append(self._own_report(time.monotonic() - opened.started))
-        for party, reason in sorted(lost.items()):
-            log(WARNING, "party '%s' was lost: %s", party, reason)
-        if lost and (self._on_party_lost == "stop" or not kept or MODEL_PARTY in lost):
-            party = MODEL_PARTY if MODEL_PARTY in lost else opened.first_lost(lost)
-            raise PartyLostError(party, f"{lost[party]}. Lost in this round: {', '.join(sorted(lost))}.")
-        if not kept:
-            raise SessionError(
-                f"no data party answered in time; asked were {', '.join(sorted(opened.nodes.values()))}."
-            )
-        return kept, reports, lost
-
-    def _own_report(self, seconds: float) -> RoundReport:
-        assert self._body is not None
-        held, trained = parameter_counts(self._body.module)
-        counts = self._body.counts()
-        return RoundReport(
-            party=MODEL_PARTY,
-            role=MODEL_PARTY_ROLE,
-            steps=counts.steps,
-            tokens=counts.tokens,
-            seconds=seconds,
-            parameters_held=held,
-            parameters_trained=trained,
-            memory=self._body.memory().to_json(),
-            process_peak_bytes=process_peak_bytes(),
-        )
 
     # ---- parties ----
 
@@ -441,9 +353,14 @@ class SplitLearning(Strategy):
         return SessionGrid(
             grid.inner if isinstance(grid, SessionGrid) else grid,
             data_nodes=self._data_nodes,
-            may_still_come=self._may_still_come,
+            may_still_come=lambda missing: self._open is None or self._open.may_still_come(missing),
             on_reply=self._on_reply,
         )
+
+    def _on_reply(self, reply: Message) -> None:
+        self._count(reply)
+        if self._open is not None:
+            self._open.on_reply(reply)
 
     def _data_nodes(self) -> list[int] | None:
         if not self.cards:
@@ -455,84 +372,12 @@ class SplitLearning(Strategy):
             return None
         return next(node for node, card in self.cards.items() if card.role == MODEL_PARTY_ROLE)
 
-    def _on_reply(self, reply: Message) -> None:
-        """A party whose handler failed is lost to the session at once, not when somebody's deadline passes."""
-        self._count(reply)
-        opened = self._open
-        if opened is None:
-            return
-        party = opened.nodes.get(reply.metadata.src_node_id)
-        if party is None:
-            return
-        opened.answered.add(party)
-        if reply.has_error():
-            opened.failures[party] = reply.error.reason
-            opened.session.expel(party, reply.error.reason)
-
-    def _may_still_come(self, missing: set[int]) -> set[int]:
-        opened = self._open
-        if opened is None:
-            return missing
-        self._show_progress(opened)
-        waiting = {opened.nodes[n] for n in missing if n in opened.nodes}
-        gone = opened.session.lost
-        still = {p for p in waiting if p not in gone}
-        if still == {MODEL_PARTY} or not still:
-            opened.session.close()  # everyone else is done: the model party's handler returns on this
-        if gone and not still:
-            # Their replies, Flower's word on what happened to them, may be on the way.
-            opened.grace_until = opened.grace_until or time.monotonic() + _GRACE_S
-            return missing if time.monotonic() < opened.grace_until else set()
-        return missing
-
-    def _show_progress(self, opened: "_OpenSession") -> None:
-        now = time.monotonic()
-        if not opened.training or now - opened.shown < self._progress_s or not opened.session.joined:
-            return
-        opened.shown = now
-        ledger = opened.session.ledger
-        served = self._body.counts() if self._body is not None else None
-        seconds = max(now - opened.started, 1e-9)
-        log(
-            INFO,
-            "\t    round %d/%d  %s  %.1f MB up, %.1f MB down, %.0f s",
-            self.history[-1].server_round if self.history else 0,
-            self.spec.training.rounds,
-            f"body steps {served.steps}  {served.tokens / seconds:,.0f} tokens/s" if served else "",
-            ledger.total("up") / 1e6,
-            ledger.total("down") / 1e6,
-            seconds,
-        )
-
     def _card(self, node: int) -> PartyCard:
         if node not in self.cards:
             raise ConfigurationError(
                 f"node {node} joined after the job began and is not known to it. Start the job when all parties are on."
             )
         return self.cards[node]
-
-    def _meet(self, grid: SessionGrid, *, want_arrays: bool) -> None:
-        """Ask every node who it is; check data, models and versions before anything is trained."""
-        nodes = _wait_for_nodes(grid.inner)
-        asked = [
-            Message(
-                RecordDict({"config": ConfigRecord({"spec": self.spec.to_json(), "want-arrays": want_arrays})}),
-                dst_node_id=node,
-                message_type=f"query.{HELLO}",
-            )
-            for node in nodes
-        ]
-        replies = list(grid.send_and_receive(asked, timeout=self._join_deadline_s))
-        problems = [f"node {r.metadata.src_node_id}: {r.error.reason}" for r in replies if r.has_error()]
-        silent = set(nodes) - {r.metadata.src_node_id for r in replies}
-        problems += [f"node {node}: no answer within {self._join_deadline_s:g} s" for node in sorted(silent)]
-        if problems:
-            raise ConfigurationError("the job cannot start; " + " | ".join(problems))
-        self.cards = {r.metadata.src_node_id: PartyCard.from_content(r.content) for r in replies}
-        _check_cards(self.cards, hosted=self._body is not None)
-        for reply in replies:
-            if "arrays" in reply.content and not self.arrays:
-                self.arrays = reply.content.array_records["arrays"]
 
     # ---- checkpoints ----
 
@@ -547,7 +392,9 @@ class SplitLearning(Strategy):
                 spec=self.spec.to_json(),
                 arrays=dict(self.arrays.to_torch_state_dict()),
                 body=None if self._body is None else dict(self._body.state()),
-                history=[vars(record) for record in self.history],
+                history=[asdict(record) for record in self.history],
+                ledger=self.ledger.to_json(),
+                reports={name: asdict(report) for name, report in self.reports.items()},
             ),
         )
         self.history[-1].seconds["checkpoint"] = time.monotonic() - started
@@ -557,54 +404,10 @@ class SplitLearning(Strategy):
         if self._body is not None and checkpoint.body is not None:
             self._body.load_state(checkpoint.body)
         self.history = [RoundRecord(**record) for record in checkpoint.history]
+        self.ledger = Ledger.from_json(checkpoint.ledger)
+        self.reports = {name: RoundReport(**report) for name, report in checkpoint.reports.items()}
         self._first_round = checkpoint.server_round
         log(INFO, "resuming after round %d", checkpoint.server_round)
-
-
-@dataclass
-class _OpenSession:
-    session: HubSession
-    nodes: dict[int, str]
-    offer: Callable[[str], SessionOffer]
-    training: bool
-    started: float = field(default_factory=time.monotonic)
-    shown: float = 0.0
-    grace_until: float = 0.0
-    answered: set[str] = field(default_factory=set)
-    failures: dict[str, str] = field(default_factory=dict)
-
-    def first_lost(self, lost: dict[str, str]) -> str:
-        """The party that was lost first: what the others report is often only its consequence."""
-        return next(iter(self.session.lost or lost))
-
-
-def _wait_for_nodes(grid: Grid) -> list[int]:
-    while not (nodes := sorted(grid.get_node_ids())):
-        time.sleep(0.5)
-    return nodes
-
-
-def _check_cards(cards: dict[int, PartyCard], *, hosted: bool) -> None:
-    names = [card.party for card in cards.values()]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ConfigurationError(
-            f"several nodes are called {', '.join(map(repr, twice))}; give each node a name of its own "
-            "(node_config party=...), and only one the role of model party."
-        )
-    model_parties = [card.party for card in cards.values() if card.role == MODEL_PARTY_ROLE]
-    if len(model_parties) != (0 if hosted else 1) or len(model_parties) == len(cards):
-        raise ConfigurationError(
-            f"there are {len(model_parties)} nodes with the role of model party and {len(cards) - len(model_parties)} "
-            f"data parties; this job needs {'none' if hosted else 'exactly one'} of the former and at least one of the "
-            "latter. Set the nodes' role, or the strategy's model_party."
-        )
-    mine = package_versions()
-    for card in cards.values():
-        for package in ("transformers", "peft", "torch"):
-            theirs = card.versions.get(package)
-            if theirs != mine[package]:
-                log(WARNING, "party '%s' has %s %s, the strategy has %s", card.party, package, theirs, mine[package])
 
 
 def _numbers(metrics: MetricRecord | None) -> dict[str, float]:

@@ -22,7 +22,10 @@ HBT_FLOWS = [
     ("down", "forward", "hidden", "float32", (16, 64, 384), 3600, 312_000_000),
     ("up", "backward", "grad", "float32", (16, 64, 384), 1800, 205_000_000),
     ("down", "backward", "grad", "float32", (16, 64, 384), 1800, 205_000_000),
-    ("up", "step", "", "", (), 480, 0),
+    ("up", "forward", "header", "", (), 3600, 900_000),
+    ("down", "forward", "header", "", (), 3600, 700_000),
+    ("up", "step", "header", "", (), 480, 90_000),
+    ("down", "step", "header", "", (), 480, 60_000),
 ]
 HT_FLOWS = [
     ("up", "forward", "hidden", "float32", (16, 64, 384), 900, 88_000_000),
@@ -38,7 +41,7 @@ def entries(flows=HBT_FLOWS, parties=("alpha",)):
     return tuple(
         TrafficEntry(
             party=party,
-            peer="model party",
+            peer="model-party",
             direction=direction,
             operation=operation,
             tensor=tensor,
@@ -165,7 +168,7 @@ def full_result(**changes):
                 range(1, 6), (1.71, 0.82, 0.41, 0.27, 0.21), (0.62, 0.86, 0.93, 0.953, 0.957), strict=True
             )
         ),
-        "traffic": TrafficSummary(total_bytes=1_038_400_000, messages=10_850, entries=ledger, control=control),
+        "traffic": TrafficSummary(total_bytes=1_039_150_000, messages=8_160, entries=ledger, control=control),
         "parties": (
             *(
                 _party(
@@ -181,7 +184,7 @@ def full_result(**changes):
                 for name, rows, metric in zip(names, (600, 610, 590, 600), (0.967, 0.953, 0.96, 0.964), strict=True)
             ),
             _party(
-                "model party",
+                "model-party",
                 rows=None,
                 owns="blocks 1-4",
                 held=7_150_000,
@@ -199,7 +202,7 @@ def full_result(**changes):
             tail_blocks=1,
             tls=False,
             loopback=True,
-            adapters=("head", "tail"),
+            adapters=names,
             control=control,
         ),
     }
@@ -289,7 +292,7 @@ def extreme_result(**changes):
                 for name in names
             ),
             _party(
-                "model party",
+                "model-party",
                 rows=None,
                 owns="blocks 2-77",
                 held=65_000_000_000,
@@ -304,9 +307,9 @@ def extreme_result(**changes):
             num_blocks=80,
             head_blocks=2,
             tail_blocks=2,
-            body_host="model party",
+            body_host="node",
             tls=True,
-            adapters=("head", "tail"),
+            adapters=names,
             control=control,
         ),
     }

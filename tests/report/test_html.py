@@ -5,8 +5,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from tests.report.samples import entries, extreme_result, full_result, minimal_result
 
+from tests.report.samples import entries, extreme_result, full_result, minimal_result
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.report import build_report, observer_table
 from vflair_flower.report.html import render

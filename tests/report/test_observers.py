@@ -3,11 +3,11 @@
 import logging
 
 import pytest
-from tests.report.samples import HBT_FLOWS, HT_FLOWS, entries
 
+from tests.report.samples import HBT_FLOWS, HT_FLOWS, entries
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.report import ControlTraffic, TrafficEntry, observer_table
-from vflair_flower.report.observers import grave_rows, text_stayed
+from vflair_flower.report.observers import grave_rows, text_stayed, turn
 
 HBT = {"partition": "HBT", "num_blocks": 6, "head_blocks": 1, "tail_blocks": 1, "tls": True}
 HT = {**HBT, "partition": "HT", "tail_blocks": 0}
@@ -25,7 +25,7 @@ def one(rows, observer, tensor):
 
 def entry(**changes):
     fields = {
-        "party": "alpha", "peer": "model party", "direction": "up", "operation": "forward", "tensor": "hidden",
+        "party": "alpha", "peer": "model-party", "direction": "up", "operation": "forward", "tensor": "hidden",
         "dtype": "float32", "max_shape": (1, 2, 3), "messages": 1, "bytes": 24,
     }  # fmt: skip
     return TrafficEntry(**{**fields, **changes})
@@ -69,6 +69,23 @@ def test_seen_is_the_sum_over_parties():
     assert (seen.bytes, seen.messages) == (312_000_000, 3600)
     total = one(rows, "network", "").seen
     assert total.bytes == sum(flow[-1] for flow in HBT_FLOWS)
+    assert total.messages == 3600 + 3600 + 480 + 480, "messages are counted by their headers"
+
+
+def test_what_the_hub_passes_on_is_not_counted_twice():
+    first = entries(parties=("alpha", "beta"))
+    second = [turn(item) for item in first]
+    once = observer_table(first, **HBT, body_host="node")
+    twice = observer_table([*first, *second], **HBT, body_host="node")
+    assert [row for row in twice if row.observer in ("model party", "data party")] == [
+        row for row in once if row.observer in ("model party", "data party")
+    ]
+    assert one(twice, "hub operator", "").seen.bytes == 2 * one(once, "hub operator", "").seen.bytes
+
+
+def test_what_only_the_second_leg_has_is_not_dropped():
+    rows = observer_table([entry(party="model-party", peer="alpha", direction="down", tensor="odd")], **HBT)
+    assert find(rows, "model party", "undescribed tensor")
 
 
 def test_each_ledger_kind_has_its_row():
@@ -81,7 +98,7 @@ def test_each_ledger_kind_has_its_row():
 
 
 def test_the_strategy_is_hub_and_model_party_in_one():
-    rows = observer_table(entries(), **HBT, adapters=("head", "tail"), control=CONTROL)
+    rows = observer_table(entries(), **HBT, adapters=("alpha",), control=CONTROL)
     hub = one(rows, "hub operator", "")
     assert "one process" in hub.tensor
     assert "trained head" in hub.allows
@@ -89,7 +106,7 @@ def test_the_strategy_is_hub_and_model_party_in_one():
 
 
 def test_a_body_at_a_node_still_passes_the_hub_in_the_clear():
-    rows = observer_table(entries(), **HBT, body_host="lab", adapters=("head",), control=CONTROL)
+    rows = observer_table(entries(), **HBT, body_host="lab", adapters=("alpha",), control=CONTROL)
     hub = one(rows, "hub operator", "")
     assert "'lab'" in hub.tensor
     assert "TLS ends at the hub" in hub.tensor
@@ -99,7 +116,7 @@ def test_a_body_at_a_node_still_passes_the_hub_in_the_clear():
 
 @pytest.mark.parametrize("parties", [("alpha",), ("alpha", "beta"), ("alpha", "beta", "gamma")])
 def test_averaged_adapters_are_seen_by_the_others(parties):
-    rows = observer_table(entries(parties=parties), **HBT, adapters=("head", "tail"), control=CONTROL)
+    rows = observer_table(entries(parties=parties), **HBT, adapters=parties, control=CONTROL)
     server = one(rows, "aggregating server", "adapters")
     assert (server.seen.bytes, server.seen.messages) == (1000, 4)
     others = find(rows, "other data parties", "")
@@ -161,7 +178,7 @@ def test_a_defence_covers_its_tensor_and_claims_no_more():
     rows = observer_table(
         entries(),
         **HBT,
-        adapters=("head",),
+        adapters=("alpha",),
         defences={"hidden": ("Gaussian noise", "epsilon 8"), "adapters": ("clip", "1.0")},
     )
     smashed = one(rows, "model party", "smashed data")

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.report.samples import extreme_result, full_result, minimal_result
 
+from tests.report.samples import extreme_result, full_result, minimal_result
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.report import Interval, RoundSummary, result
 

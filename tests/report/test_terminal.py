@@ -4,8 +4,8 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from tests.report.samples import extreme_result, full_result, minimal_result
 
+from tests.report.samples import extreme_result, full_result, minimal_result
 from vflair_flower.report import summary_lines
 
 
@@ -16,9 +16,9 @@ def test_the_figures_that_matter():
         "accuracy 96.3 % unsplit (94.5–97.5 %)",
         "commonest class 14.0 %",
         "2 min 43 s, 5 rounds",
-        "1.0 GB in 10,850 messages, 3.3 kB per training token",
+        "1.0 GB in 8,160 messages, 3.3 kB per training token",
         "4 data parties, each: 15.4 M parameters (67 % of the model)",
-        "model party: 7.2 M parameters (31 % of the model)",
+        "model-party: 7.2 M parameters (31 % of the model)",
         "covered by no defence",
         "runs/x/report.html",
     ):

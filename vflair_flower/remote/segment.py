@@ -108,7 +108,7 @@ class _Call(torch.autograd.Function):
     """One forward call and, if it comes to that, its backward call."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden_BTD: Tensor,
         mask_BT: Tensor,
@@ -124,7 +124,7 @@ class _Call(torch.autograd.Function):
         return answer
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
         hidden_grad = ctx.segment._backward(ctx.call, grads[0], ctx.like, ctx.wants_grad)
         return hidden_grad, None, None, None, None, None

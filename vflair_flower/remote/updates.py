@@ -106,7 +106,7 @@ class Update(ABC):
     def gradient_bytes(self) -> int:
         """Return the bytes of the gradients that wait for a step."""
         with self._lock:
-            return sum(tensor_bytes(own.values()) for own in self._gradients.values())
+            return sum(g.numel() * g.element_size() for own in self._gradients.values() for g in own.values())
 
     def optimizer_bytes(self) -> int:
         """Return the bytes of all optimisers' state."""

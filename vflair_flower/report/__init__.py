@@ -1,7 +1,7 @@
 """What a run found, for people and for programs.
 
 `result` is the schema of `result.json`, `observers` the table of who saw what, `html` the page for a manager,
-`terminal` the lines at the end of a run.  Everything that is shown is read from `result.json`; nothing is measured here.
+`terminal` the lines at the end of a run.  All that is shown is read from `result.json`; nothing is measured here.
 """
 
 from vflair_flower.report.html import build_report

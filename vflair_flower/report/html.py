@@ -4,7 +4,7 @@ The template decides how things look, this module what is shown.  Every name in 
 all of it, and only pictures drawn by `figures` are let through as they are.
 """
 
-from collections import defaultdict
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +14,8 @@ from markupsafe import Markup
 
 from vflair_flower.report import figures, numbers
 from vflair_flower.report.files import write_atomically
-from vflair_flower.report.observers import NO_ONE, grave_rows, on_one_machine, tensor_name
-from vflair_flower.report.result import ModelSummary, ObserverRow, PartySummary, Result, RoundSummary
+from vflair_flower.report.observers import NO_ONE, grave_rows, is_second_leg, on_one_machine, tensor_name, turn
+from vflair_flower.report.result import ObserverRow, PartySummary, Result, RoundSummary, TrafficEntry
 from vflair_flower.report.wording import headline, verdict
 
 RESULT_NAME = "result.json"
@@ -62,7 +62,7 @@ def render(result: Result) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("count", "counted", "large", "size", "percent", "points", "interval", "duration"):
+    for name in ("count", "counted", "large", "size", "percent", "points", "interval", "duration", "setting"):
         environment.filters[name] = getattr(numbers, name)
     environment.globals["share"] = numbers.share
     return environment.get_template("report.html.j2").render(
@@ -210,9 +210,10 @@ def _legend(names: Sequence[str]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Flow:
-    """One kind of tensor in one direction, summed over parties."""
+    """One kind of tensor on one leg of its way, summed over parties."""
 
     up: bool
+    way: str
     name: str
     layout: str
     messages: int
@@ -222,36 +223,48 @@ class Flow:
 
 def _flows(result: Result) -> list[Flow]:
     """Sum the ledger over parties, largest first."""
-    model: ModelSummary = result.model
-    messages: dict[tuple[bool, str], int] = defaultdict(int)
-    sent: dict[tuple[bool, str], int] = defaultdict(int)
-    shapes: dict[tuple[bool, str], tuple[int, ...]] = {}
-    dtypes: dict[tuple[bool, str], str] = {}
+    model = result.model
+    hosts = {party.name for party in result.parties if party.role == "model party"}
+    groups: dict[tuple[bool, bool, str], list[TrafficEntry]] = {}
     for entry in result.traffic.entries:
+        relayed = is_second_leg(entry, hosts)
+        seen = turn(entry) if relayed else entry
         name = tensor_name(
-            entry,
+            seen,
             partition=model.partition,
             num_blocks=model.num_blocks,
             head_blocks=model.head_blocks,
             tail_blocks=model.tail_blocks,
         )
-        key = (entry.direction == "up", name)
-        messages[key] += entry.messages
-        sent[key] += entry.bytes
-        shapes[key] = max(shapes.get(key, ()), entry.max_shape)
-        dtypes[key] = entry.dtype
-    largest = max([1, *sent.values()])
+        groups.setdefault((seen.direction == "up", relayed, name), []).append(entry)
+    sums = {key: sum(entry.bytes for entry in group) for key, group in groups.items()}
+    largest = max([1, *sums.values()])
     return [
         Flow(
             up=key[0],
-            name=key[1],
-            layout=f"{' × '.join(map(str, shapes[key]))} {dtypes[key]}".strip(),
-            messages=messages[key],
-            bytes=sent[key],
-            share=sent[key] / largest,
+            way=_way(up=key[0], relayed=key[1]),
+            name=key[2],
+            layout=_layout(groups[key]),
+            messages=sum(entry.messages for entry in groups[key]),
+            bytes=sums[key],
+            share=sums[key] / largest,
         )
-        for key in sorted(sent, key=lambda key: -sent[key])
+        for key in sorted(groups, key=lambda key: -sums[key])
     ]
+
+
+def _way(*, up: bool, relayed: bool) -> str:
+    """Name the leg; what goes to a node of its own is passed on by the hub, and crosses twice."""
+    if relayed:
+        return "passed on by the hub" if up else "back to the hub"
+    return "to model party" if up else "to data party"
+
+
+def _layout(group: Sequence[TrafficEntry]) -> str:
+    """Return the largest shape and the dtypes of one kind of tensor; nothing for headers."""
+    shape = max((entry.max_shape for entry in group), key=math.prod)
+    dtypes = sorted({entry.dtype for entry in group})
+    return f"{' × '.join(map(str, shape))} {', '.join(dtypes)}".strip()
 
 
 def _by_observer(rows: Iterable[ObserverRow]) -> list[tuple[str, list[ObserverRow]]]:

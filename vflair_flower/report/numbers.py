@@ -23,7 +23,7 @@ def counted(value: int, noun: str) -> str:
 def large(value: int) -> str:
     """``22713216`` is ``22.7 M``: for counts of parameters."""
     for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if value >= limit:
+        if value >= 0.99995 * limit:  # 999,950 would be shown as 1000.0 of the unit below
             return f"{value / limit:.1f}{NBSP}{unit}"
     return str(value)
 
@@ -31,7 +31,7 @@ def large(value: int) -> str:
 def size(value: float) -> str:
     """``54_000_000`` bytes are ``54.0 MB``."""
     for limit, unit in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
-        if value >= limit:
+        if value >= 0.99995 * limit:  # 999,950 would be shown as 1000.0 of the unit below
             return f"{value / limit:.1f}{NBSP}{unit}"
     return f"{value:.0f}{NBSP}B"
 
@@ -64,6 +64,15 @@ def interval(value: Interval) -> str:
 def interval_of_difference(value: Interval) -> str:
     """``−1.2 to +0.8 points``, from fractions."""
     return f"{_signed(value.low)} to {_signed(value.high)}{NBSP}points"
+
+
+def setting(value: str | int | float | bool | None) -> str:
+    """Show a setting: ``None`` as a dash, ``True`` as yes, an empty text as empty."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) or "(empty)"
 
 
 def duration(seconds: float) -> str:

@@ -4,13 +4,16 @@ Each kind of tensor that may cross a cut is described once, below: its plain nam
 `observer_table` looks every ledger entry up there, by where the model was cut, operation, direction and tensor.
 Invariant: no entry is dropped.  One that nobody has described becomes a row that warns.
 
+A body at a node of its own is reached by way of the hub, so the ledger has each tensor twice: on the data party's
+stream and on the model party's.  The second leg shows the same tensor to the same reader and is not counted again.
+
 Not here: how much an attack really recovers.  That is measured, on the same runs, by attacks; a row says what to expect
 when no such figure is known.
 """
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vflair_flower.errors import ConfigurationError
@@ -35,6 +38,9 @@ ADAPTERS = "adapters"
 TEXT = "text"
 LABELS = "labels"
 UNDESCRIBED = "undescribed tensor"
+HEADER = "header"
+"""What the ledger calls all bytes of a frame that are not tensor bytes."""
+ANY = "any operation"
 _NO_NETWORK = "nothing: all parties ran on one machine"
 _GRAVE = (UNDESCRIBED, TEXT, LABELS, SMASHED, GRADIENT, LOGITS, ADAPTERS, "all tensors")
 
@@ -62,10 +68,15 @@ _POSITIONS = _Kind(
 )
 _IDS = _Kind(name=f"{TEXT}: token numbers", allows="read the text itself", uncovered="all of the text")
 _LABELS = _Kind(name=f"{LABELS} of the rows", allows="read the labels themselves", uncovered="all of the labels")
-_STEP = _Kind(
-    name="step orders (no tensor)",
-    allows="count the training steps and time them, and from that estimate how many rows a party has",
-    uncovered="number and time of steps",
+_HEADERS_UP = _Kind(
+    name="message headers: operation, shapes, row counts",
+    allows="count and time the steps, and from that know how many rows a party has",
+    uncovered="numbers of rows, size and time of each step",
+)
+_HEADERS_DOWN = _Kind(
+    name="message headers: operation, shapes, who joined or left",
+    allows="know when it is served, and which other parties come and go",
+    uncovered="who takes part, and when",
 )
 _HEAD_GRADIENT = _Kind(
     name="gradient for the head",
@@ -84,6 +95,7 @@ def observer_table(
     body_host: str = "strategy",
     tls: bool,
     loopback: bool = False,
+    model_party: str = "model-party",
     adapters: Sequence[str] = (),
     control: ControlTraffic | None = None,
     text_stays: bool = True,
@@ -101,13 +113,15 @@ def observer_table(
     num_blocks, head_blocks, tail_blocks : int
         Blocks of the model, and of its head and tail; they name the layer at which a tensor crossed.
     body_host : str
-        ``"strategy"``, or the name of the node that holds the model party's blocks.
+        ``"strategy"``, or whoever else holds the model party's blocks: ``"node"`` or a name.
+    model_party : str
+        Name of the model party in the ledger.
     tls : bool
         Whether links between parties, and Flower's, were encrypted.
     loopback : bool
         Whether all parties ran on one machine, so that no network lay between them.
     adapters : sequence of str
-        What is averaged by way of Flower messages, such as ``("head", "tail")``; empty if nothing is.
+        Names of the data parties whose trained parameters Flower messages carry to be averaged; empty if none do.
     control : ControlTraffic, optional
         Bytes and messages of Flower's own; ``None`` if nobody counted them.
     text_stays, labels_stay : bool
@@ -134,14 +148,16 @@ def observer_table(
     >>> rows[0].tensor
     'smashed data: hidden states at the cut, after block 0'
     """
-    ledger = [entry if isinstance(entry, TrafficEntry) else TrafficEntry.from_json(entry) for entry in entries]
+    given = [entry if isinstance(entry, TrafficEntry) else TrafficEntry.from_json(entry) for entry in entries]
+    ledger = _first_legs(given, model_party)
     covers = dict(defences or {})
     _check_defences(covers, ledger, adapters)
     kinds = _kinds(partition, num_blocks=num_blocks, head_blocks=head_blocks, tail_blocks=tail_blocks)
-    companies = sorted({entry.party for entry in ledger})
-    merged = body_host == "strategy"
-    seen_in_sessions = _seen(ledger)
-    by_key = _grouped(ledger)
+    seen_in_sessions = _seen(given)
+    grouped = _grouped(ledger)
+    order = [*(key for key in kinds if key in grouped), *(key for key in grouped if key not in kinds)]
+    by_key = {key: grouped[key] for key in order}
+    parts = ("head", "tail") if partition == "HBT" else ("head",)
 
     rows: list[ObserverRow] = []
     for receiver, direction in ((MODEL_PARTY, "up"), (DATA_PARTY, "down")):
@@ -150,8 +166,8 @@ def observer_table(
                 rows.append(_tensor_row(receiver, key, seen, kinds, covers))
         if receiver == MODEL_PARTY:
             rows += _computed_rows(partition, by_key)
-    rows += _hub_rows(merged, body_host, tls=tls, seen=seen_in_sessions, adapters=adapters)
-    rows += _aggregation_rows(adapters, control, companies, covers)
+    rows += _hub_rows(body_host, tls=tls, seen=seen_in_sessions, known=parts if adapters else ())
+    rows += _aggregation_rows(parts, control, adapters, covers)
     rows.append(_network_row(tls=tls, loopback=loopback, seen=_with_control(seen_in_sessions, control)))
     rows += _no_one_rows(partition, by_key, body_host, text_stays=text_stays, labels_stay=labels_stay)
     return tuple(rows)
@@ -201,8 +217,8 @@ def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_bloc
         ("forward", "up", "labels"): _LABELS,
         ("backward", "up", "labels"): _LABELS,
         ("backward", "down", "grad"): _HEAD_GRADIENT,
-        ("step", "up", ""): _STEP,
-        ("step", "down", ""): _STEP,
+        (ANY, "up", HEADER): _HEADERS_UP,
+        (ANY, "down", HEADER): _HEADERS_DOWN,
     }
     if partition == "HT":
         kinds[("forward", "down", "logits")] = _Kind(
@@ -219,8 +235,8 @@ def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_bloc
     tail = f"before block {num_blocks - tail_blocks}" if tail_blocks else "before the task head"
     kinds[("forward", "down", "hidden")] = _Kind(
         name=f"the body's answers: hidden states, {tail}",
-        allows="imitate the body by learning from its answers (model extraction), and test whether a text that it already "
-        "has was trained on by another party (membership inference)",
+        allows="imitate the body by learning from its answers (model extraction), and test whether a text that it "
+        "already has was trained on by another party (membership inference)",
         uncovered="what the body can do, to whoever may ask it",
     )
     kinds[("backward", "up", "grad")] = _Kind(
@@ -231,7 +247,31 @@ def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_bloc
     return kinds
 
 
+def is_second_leg(entry: TrafficEntry, model_parties: Container[str]) -> bool:
+    """Return whether the entry is of the model party's own stream: what the hub passed on."""
+    return entry.party in model_parties
+
+
+def _first_legs(ledger: Sequence[TrafficEntry], model_party: str) -> list[TrafficEntry]:
+    """Return the ledger as the data parties' streams have it.
+
+    What only the second leg has (a message between model party and hub, say) stays, seen from its far end.
+    """
+    first = [entry for entry in ledger if not is_second_leg(entry, (model_party,))]
+    known = {(entry.party, *_key(entry)) for entry in first}
+    turned = [turn(entry) for entry in ledger if is_second_leg(entry, (model_party,))]
+    return first + [entry for entry in turned if (entry.party, *_key(entry)) not in known]
+
+
+def turn(entry: TrafficEntry) -> TrafficEntry:
+    """Return the entry as its other end has it."""
+    direction: Literal["up", "down"] = "down" if entry.direction == "up" else "up"
+    return replace(entry, party=entry.peer, peer=entry.party, direction=direction)
+
+
 def _key(entry: TrafficEntry) -> Key:
+    if entry.tensor == HEADER:
+        return ANY, entry.direction, HEADER
     return entry.operation, entry.direction, entry.tensor
 
 
@@ -245,8 +285,12 @@ def _grouped(ledger: Iterable[TrafficEntry]) -> dict[Key, Seen]:
 
 
 def _seen(ledger: Iterable[TrafficEntry]) -> Seen:
+    """Sum bytes and messages; each message has one header, and may have several tensors."""
     entries = list(ledger)
-    return Seen(bytes=sum(entry.bytes for entry in entries), messages=sum(entry.messages for entry in entries))
+    headers = [entry for entry in entries if entry.tensor == HEADER]
+    return Seen(
+        bytes=sum(entry.bytes for entry in entries), messages=sum(entry.messages for entry in headers or entries)
+    )
 
 
 def _with_control(seen: Seen, control: ControlTraffic | None) -> Seen:
@@ -317,7 +361,8 @@ def _computed_rows(partition: Partition, by_key: Mapping[Key, Seen]) -> list[Obs
                 observer=MODEL_PARTY,
                 tensor="the body's answers: which it computes itself",
                 seen=by_key[("forward", "down", "hidden")],
-                allows="complete the model with a tail of its own, or the public one, and guess the answers (model completion)",
+                allows="complete the model with a tail of its own, or the public one, and guess the answers "
+                "(model completion)",
                 covered_by=None,
                 uncovered="much about the answers, and more the less the tail was trained",
             )
@@ -325,52 +370,55 @@ def _computed_rows(partition: Partition, by_key: Mapping[Key, Seen]) -> list[Obs
     return []
 
 
-def _hub_rows(merged: bool, body_host: str, *, tls: bool, seen: Seen, adapters: Sequence[str]) -> list[ObserverRow]:
-    if not merged:
+def _hub_rows(body_host: str, *, tls: bool, seen: Seen, known: Sequence[str]) -> list[ObserverRow]:
+    if body_host != "strategy":
         ends = "TLS ends at the hub" if tls else "nothing was encrypted"
         return [
             ObserverRow(
                 observer=HUB_OPERATOR,
-                tensor=f"all tensors that pass between the data parties and '{body_host}', in the clear ({ends})",
+                tensor=f"all tensors that pass between the data parties and {_holder(body_host)}, in the clear ({ends})",
                 seen=seen,
                 allows="do whatever the model party can do with them",
                 covered_by=None,
                 uncovered="the same as at the model party; choose a hub that every party trusts as much",
             )
         ]
-    sees_adapters = _with_adapters(adapters)
     return [
         ObserverRow(
             observer=HUB_OPERATOR,
             tensor="all tensors above: hub, model party and aggregating server are one process",
             seen=seen,
-            allows=f"combine what each of the three roles sees{sees_adapters}",
+            allows=f"combine what each of the three roles sees{_with_parts(known)}",
             covered_by=None,
             uncovered="no role is separated from another; host the body at a node of its own to separate them",
         )
     ]
 
 
-def _with_adapters(adapters: Sequence[str]) -> str:
-    """Say what one operator gains from the adapters of the parts that it does not hold itself."""
+def _holder(body_host: str) -> str:
+    """Name who holds the model party's blocks."""
+    return {"strategy": "the strategy", "node": "a node of its own"}.get(body_host, f"'{body_host}'")
+
+
+def _with_parts(known: Sequence[str]) -> str:
+    """Say what one operator gains from knowing the trained parameters of parts that it does not hold itself."""
     gains: list[str] = []
-    if "head" in adapters:
+    if "head" in known:
         gains.append("know the trained head, which makes model inversion easier")
-    if "tail" in adapters:
+    if "tail" in known:
         gains.append("run the trained tail, and so read the model's answer to every row")
     return "".join(f"; {gain}" for gain in gains)
 
 
 def _aggregation_rows(
-    adapters: Sequence[str],
+    parts: Sequence[str],
     control: ControlTraffic | None,
-    companies: Sequence[str],
+    adapters: Sequence[str],
     covers: Mapping[str, tuple[str, str]],
 ) -> list[ObserverRow]:
     seen = Seen(bytes=control.bytes, messages=control.messages) if control else None
     rows: list[ObserverRow] = []
     if adapters:
-        parts = " and ".join(adapters)
         covered_by, uncovered = _cover(
             covers,
             ADAPTERS,
@@ -379,10 +427,10 @@ def _aggregation_rows(
         rows.append(
             ObserverRow(
                 observer=AGGREGATING_SERVER,
-                tensor=f"{ADAPTERS} of each party's {parts}, before averaging",
+                tensor=f"{ADAPTERS} of each party's {' and '.join(parts)}, before averaging",
                 seen=seen,
-                allows="recover parts of rows from an update (gradient inversion), and test whether a text was trained on "
-                "(membership inference)",
+                allows="recover parts of rows from an update (gradient inversion), and test whether a text was "
+                "trained on (membership inference)",
                 covered_by=covered_by,
                 uncovered=uncovered,
             )
@@ -397,15 +445,15 @@ def _aggregation_rows(
             uncovered="size and difficulty of each party's data",
         )
     )
-    if adapters and len(companies) > 1:
-        alone = "; with two parties, subtract its own and have the other's exactly" if len(companies) == 2 else ""
+    if len(adapters) > 1:
+        alone = "; with two parties, subtract its own and have the other's exactly" if len(adapters) == 2 else ""
         rows.append(
             ObserverRow(
                 observer=OTHER_DATA_PARTIES,
-                tensor=f"{ADAPTERS}, averaged over {len(companies)} parties",
+                tensor=f"{ADAPTERS}, averaged over {len(adapters)} parties",
                 seen=None,
                 allows=f"test whether a text was trained on by someone (membership inference){alone}",
-                covered_by=(covers and _cover(covers, ADAPTERS, "")[0]) or None,
+                covered_by=_cover(covers, ADAPTERS, "")[0],
                 uncovered="less than the server sees, as others are mixed in; nothing limits it by proof",
             )
         )
@@ -459,12 +507,11 @@ def _no_one_rows(
         )
     if labels_stay and "labels" not in sent and not gives_labels_away:
         never.append((LABELS, f"not sent: {last} at the data party", "inference from gradients and answers, above"))
-    holder = "the strategy" if body_host == "strategy" else f"'{body_host}'"
     part = "the body" if partition == "HBT" else "the model party's blocks"
     never.append(
         (
             f"weights of {part}, by anyone but the model party",
-            f"not sent: they are loaded and trained at {holder}",
+            f"not sent: they are loaded and trained at {_holder(body_host)}",
             "the public checkpoint that they started from, and imitation by whoever may ask",
         )
     )

@@ -77,21 +77,32 @@ def _convert(hint: object, value: object, where: str) -> object:
         raise ConfigurationError(
             f"Field '{where}' is {_shown(value)}, expected one of {', '.join(map(repr, arguments))}."
         )
+    if origin in (tuple, Mapping):
+        return _convert_many(origin, arguments, value, where)
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        return from_plain(hint, value, where=where)
+    if isinstance(value, bool) and hint is not bool:  # to Python a bool is an int, to a reader it is not
+        raise _wrong_type(hint, value, where)
+    if hint is float and isinstance(value, int):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint):
+        return value
+    raise _wrong_type(hint, value, where)
+
+
+def _wrong_type(hint: object, value: object, where: str) -> ConfigurationError:
+    return ConfigurationError(f"Field '{where}' is {_shown(value)}, expected {getattr(hint, '__name__', hint)}.")
+
+
+def _convert_many(origin: object, arguments: tuple[object, ...], value: object, where: str) -> object:
+    """Check a list, or an object with free names, item by item."""
     if origin is tuple:
         if not isinstance(value, (list, tuple)):
             raise ConfigurationError(f"Field '{where}' is {_shown(value)}, expected a list.")
         return tuple(_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value))
-    if origin is Mapping:
-        if not isinstance(value, Mapping):
-            raise ConfigurationError(f"Field '{where}' is {_shown(value)}, expected an object.")
-        return {str(key): _convert(arguments[1], item, _join(where, str(key))) for key, item in value.items()}
-    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return from_plain(hint, value, where=where)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
-        return value
-    raise ConfigurationError(f"Field '{where}' is {_shown(value)}, expected {getattr(hint, '__name__', hint)}.")
+    if not isinstance(value, Mapping):
+        raise ConfigurationError(f"Field '{where}' is {_shown(value)}, expected an object.")
+    return {str(key): _convert(arguments[1], item, _join(where, str(key))) for key, item in value.items()}
 
 
 def _convert_union(hints: tuple[object, ...], value: object, where: str) -> object:

@@ -112,7 +112,7 @@ class MetricSummary:
         if self.unsplit is None:
             if (self.unsplit_interval, self.difference, self.difference_interval) != (None, None, None):
                 raise ConfigurationError(
-                    "metric.unsplit is null, but metric.unsplit_interval, metric.difference or metric.difference_interval "
+                    "metric.unsplit is null, but unsplit_interval, difference or difference_interval "
                     "is not; without a baseline there is nothing to compare with. Set all four or none."
                 )
         elif self.difference is None or not math.isclose(self.difference, self.split - self.unsplit, abs_tol=1e-9):
@@ -157,8 +157,8 @@ class RoundSummary:
 class TrafficEntry:
     """One line of the ledger: one tensor of one operation between two parties, summed over the run.
 
-    `direction` is the data party's: ``"up"`` leaves `party`, ``"down"`` comes back to it from `peer`.  A message
-    without tensors has an entry whose `tensor` is empty.
+    `direction` is the data party's: ``"up"`` leaves `party`, ``"down"`` comes back to it from `peer`.  The tensor
+    ``"header"`` stands for all bytes of messages that are not tensor bytes.
     """
 
     party: str
@@ -370,8 +370,8 @@ class Result:
 
 def _version_message(version: object) -> str:
     return (
-        f"schema_version is {version!r}, but this version of vflair_flower reads {SCHEMA_VERSION}; fields may mean other "
-        "things there. Read it with the version that wrote it (field 'versions')."
+        f"schema_version is {version!r}, but this version of vflair_flower reads {SCHEMA_VERSION}; fields may mean "
+        "other things there. Read it with the version that wrote it (field 'versions')."
     )
 
 

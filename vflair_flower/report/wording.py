@@ -41,7 +41,8 @@ def verdict(metric: MetricSummary) -> str:
         says.append(f"{gap}.")
     elif between.low <= 0 <= between.high:
         says.append(
-            f"{gap} ({interval_of_difference(between)}): on {counted(metric.n, 'text')}, no difference can be told from chance."
+            f"{gap} ({interval_of_difference(between)}): on {counted(metric.n, 'text')}, "
+            "no difference can be told from chance."
         )
     else:
         says.append(

