@@ -70,6 +70,8 @@ class SplitLearning(Strategy):
         For every call between parties, in seconds.
     join_deadline_s : float
         A sampled party that has not dialled the hub by then is lost.
+    hello_deadline_s : float
+        For all nodes to come and to say who they are, before anything is trained.
     on_party_lost : str
         ``"continue"``: the round goes on without it; ``"stop"``: the job ends with an error that names it.
     job : str
@@ -94,6 +96,7 @@ class SplitLearning(Strategy):
         hub: HubSettings | None = None,
         deadline_s: float = 120.0,
         join_deadline_s: float = 120.0,
+        hello_deadline_s: float = 300.0,
         on_party_lost: str = "continue",
         job: str = "job",
         checkpoint_dir: Path | None = None,
@@ -120,6 +123,7 @@ class SplitLearning(Strategy):
         """What Flower messages carried, both ways: arrays and records."""
         self._checkpoint_dir = checkpoint_dir
         self._resume = resume
+        self._hello_deadline_s = hello_deadline_s
         source = resolve_model(spec.model, base_dir)
         self.config = load_config(source, spec.task)
         """The model's configuration."""
@@ -209,7 +213,7 @@ class SplitLearning(Strategy):
             self.spec,
             want_arrays=initial_arrays is None and checkpoint is None,
             body_here=self._body is not None,
-            timeout_s=self._sessions.join_deadline_s,
+            timeout_s=self._hello_deadline_s,
         )
         self.arrays = drawn if initial_arrays is None else initial_arrays
         if checkpoint is not None:

@@ -43,8 +43,9 @@ def in_words(error: ValidationError) -> str:
     said = []
     for one in error.errors(include_url=False):
         own = one.get("ctx", {}).get("error")
-        where = ".".join(str(part) for part in one["loc"])
-        said.append(str(own) if own else f"{where} is {one['input']!r}: {one['msg'].lower()}.")
+        where = ".".join(str(part) for part in one["loc"]) or "it"
+        seen = "missing" if one["type"] == "missing" else repr(one["input"])
+        said.append(str(own) if own else f"{where} is {seen}: {one['msg'].lower()}.")
     return " ".join(said)
 
 

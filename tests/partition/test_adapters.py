@@ -69,7 +69,7 @@ def test_trained_state_round_trip(
     _, again = load(source, getattr(plan, side)(4), CLASSIFY, lora, seed=4)
     load_trained_state(again, state)
     kept = dict(again.named_parameters())
-    assert all(torch.equal(kept[name], parameter) for name, parameter in model.named_parameters())
+    assert all(torch.equal(kept[name], p) for name, p in model.named_parameters() if p.requires_grad)
     shake(model)
     assert all(torch.equal(tensor, trained_state(again)[name]) for name, tensor in state.items())  # a copy, not a view
 
@@ -81,7 +81,7 @@ def test_state_of_another_segment_is_refused(
     source = save_checkpoint("llama", "base")
     _, own = load(source, HBT.data_party(4), CLASSIFY, lora)
     _, body = load(source, HBT.model_party(4), CLASSIFY, lora)
-    with pytest.raises(CheckpointError, match="does not fit this segment.*another cut, model or tuning"):
+    with pytest.raises(CheckpointError, match=r"does not fit this segment.*another cut, model or tuning"):
         load_trained_state(own, trained_state(body))
     narrow = {name: tensor[..., :1] for name, tensor in trained_state(own).items()}
     with pytest.raises(CheckpointError, match="names or shapes differ"):
@@ -193,7 +193,7 @@ def test_footprint_is_what_loading_gives(
     source = save_checkpoint(family, kind)
     spec = SplitSpec(plan=plan, task=task, tuning=lora, optimizer=OptimizerSettings(name="adamw"))
     planned = footprint(source, spec)
-    assert (planned.num_blocks, planned.family) == (4, family.split("-")[0])
+    assert (planned.num_blocks, planned.family) == (4, family.removesuffix("-tied"))
     _, whole = load(source, WHOLE, task, lora)
     assert planned.whole_parameters == sum(p.numel() for p in whole.parameters())
     assert planned.whole_trained == sum(p.numel() for p in whole.parameters() if p.requires_grad)

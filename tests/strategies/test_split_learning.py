@@ -73,7 +73,10 @@ def test_training_lowers_the_loss_and_repeats_itself(nodes, spec, body_mode):
 
 
 def test_body_modes_train_differently(nodes, spec):
-    states = [state_of(run(InProcessGrid(app, nodes), spec, body_mode=m, job=m)[0]) for m in ("synchronous", "sequential", "replicated")]
+    states = [
+        state_of(run(InProcessGrid(app, nodes), spec, body_mode=m, job=m)[0])
+        for m in ("synchronous", "sequential", "replicated")
+    ]
     name = next(n for n in states[0] if "layer.1." in n and "lora_B" in n)
     assert len({tuple(state[name].flatten().tolist()) for state in states}) == 3
 
@@ -132,9 +135,7 @@ def test_resume_repeats_the_loss_curve(nodes, spec, tmp_path):
     # A round that broke off half-way leaves files of its own at some parties; they must not count.
     broken = tmp_path / "state" / "broken" / "party-0"
     shutil.copyfile(broken / "round-00001.pt", broken / "round-00003.pt")
-    resumed, *_ = run(
-        InProcessGrid(app, nodes), spec, job="broken", checkpoint_dir=tmp_path / "broken", resume=True
-    )
+    resumed, *_ = run(InProcessGrid(app, nodes), spec, job="broken", checkpoint_dir=tmp_path / "broken", resume=True)
     assert [r.server_round for r in resumed.history] == [1, 2, 3]
     assert [r.train_metrics for r in resumed.history] == [r.train_metrics for r in whole.history]
     assert [r.evaluate_metrics for r in resumed.history] == [r.evaluate_metrics for r in whole.history]

@@ -64,7 +64,8 @@ def curves(curves: Sequence[Curve], *, ident: str, rounds: Sequence[int], fracti
             axes.set_ylim(0, 1.03)
             axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
         else:
-            axes.set_ylim(bottom=0)
+            known = [value for curve in curves for value in curve.values if value is not None]
+            axes.set_ylim(0, 1.06 * max([*known, 1e-9]))
         axes.set_xlabel("round")
         _quiet(axes)
         return _svg(figure, ident)
@@ -83,7 +84,8 @@ def stacked_bars(parts: Mapping[str, Sequence[float]], *, ident: str, rounds: Se
             below = [low + value for low, value in zip(below, values, strict=True)]
         _round_ticks(axes, rounds)
         if rounds:
-            axes.set_xlim(min(rounds) - 0.7, max(max(rounds) + 0.7, min(rounds) + 2.3))
+            spare = max(0.7, (5 - len(rounds)) / 2)  # few bars stay narrow and in the middle
+            axes.set_xlim(min(rounds) - spare, max(rounds) + spare)
         axes.set_xlabel("round")
         axes.yaxis.set_major_formatter("{x:g} s")
         _quiet(axes)

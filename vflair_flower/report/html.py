@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from vflair_flower.report import figures, numbers
 from vflair_flower.report.files import write_atomically
 from vflair_flower.report.observers import NO_ONE, grave_rows, is_second_leg, on_one_machine, tensor_name, turn
+from vflair_flower.report.page import PAGE
 from vflair_flower.report.result import ObserverRow, PartySummary, Result, RoundSummary, TrafficEntry
 from vflair_flower.report.wording import headline, verdict
 
@@ -56,7 +57,6 @@ def build_report(run_dir: Path) -> Path:
 def render(result: Result) -> str:
     """Return the page of `result` as HTML."""
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -65,7 +65,7 @@ def render(result: Result) -> str:
     for name in ("count", "counted", "large", "size", "percent", "points", "interval", "duration", "setting"):
         environment.filters[name] = getattr(numbers, name)
     environment.globals["share"] = numbers.share
-    return environment.get_template("report.html.j2").render(
+    return environment.from_string(PAGE).render(
         result=result,
         headline=headline(result),
         verdict=verdict(result.metric),

@@ -34,6 +34,7 @@ NO_ONE = "no one"
 SMASHED = "smashed data"
 GRADIENT = "returned gradient"
 LOGITS = "logits"
+ANSWERS = "the body's answers"
 ADAPTERS = "adapters"
 TEXT = "text"
 LABELS = "labels"
@@ -42,7 +43,7 @@ HEADER = "header"
 """What the ledger calls all bytes of a frame that are not tensor bytes."""
 ANY = "any operation"
 _NO_NETWORK = "nothing: all parties ran on one machine"
-_GRAVE = (UNDESCRIBED, TEXT, LABELS, SMASHED, GRADIENT, LOGITS, ADAPTERS, "all tensors")
+_GRAVE = (UNDESCRIBED, TEXT, LABELS, SMASHED, GRADIENT, LOGITS, ANSWERS, ADAPTERS, "all tensors")
 
 Key = tuple[str, str, str]
 
@@ -203,7 +204,7 @@ def text_stayed(rows: Iterable[ObserverRow]) -> bool:
 
 
 def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_blocks: int) -> dict[Key, _Kind]:
-    """Return the description of every tensor that a run of this partition is known to send."""
+    """Return the description of every tensor that such a run is known to send, in the order of the table."""
     cut = f"after block {head_blocks - 1}" if head_blocks else "after the embedding"
     kinds: dict[Key, _Kind] = {
         ("forward", "up", "hidden"): _Kind(
@@ -216,6 +217,8 @@ def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_bloc
         ("forward", "up", "input_ids"): _IDS,
         ("forward", "up", "labels"): _LABELS,
         ("backward", "up", "labels"): _LABELS,
+    }
+    last: dict[Key, _Kind] = {
         ("backward", "down", "grad"): _HEAD_GRADIENT,
         (ANY, "up", HEADER): _HEADERS_UP,
         (ANY, "down", HEADER): _HEADERS_DOWN,
@@ -231,10 +234,10 @@ def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_bloc
             allows="read the label of each row exactly (the gradient is probability minus label)",
             uncovered="the label of every row that was trained on; no defence covers it",
         )
-        return kinds
+        return {**kinds, **last}
     tail = f"before block {num_blocks - tail_blocks}" if tail_blocks else "before the task head"
     kinds[("forward", "down", "hidden")] = _Kind(
-        name=f"the body's answers: hidden states, {tail}",
+        name=f"{ANSWERS}: hidden states, {tail}",
         allows="imitate the body by learning from its answers (model extraction), and test whether a text that it "
         "already has was trained on by another party (membership inference)",
         uncovered="what the body can do, to whoever may ask it",
@@ -244,7 +247,7 @@ def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_bloc
         allows="infer labels (rows of one class have gradients of like direction and length)",
         uncovered="much about the label of every row that was trained on; no defence covers it",
     )
-    return kinds
+    return {**kinds, **last}
 
 
 def is_second_leg(entry: TrafficEntry, model_parties: Container[str]) -> bool:
@@ -359,7 +362,7 @@ def _computed_rows(partition: Partition, by_key: Mapping[Key, Seen]) -> list[Obs
         return [
             ObserverRow(
                 observer=MODEL_PARTY,
-                tensor="the body's answers: which it computes itself",
+                tensor=f"{ANSWERS}: which it computes itself",
                 seen=by_key[("forward", "down", "hidden")],
                 allows="complete the model with a tail of its own, or the public one, and guess the answers "
                 "(model completion)",
@@ -376,7 +379,7 @@ def _hub_rows(body_host: str, *, tls: bool, seen: Seen, known: Sequence[str]) ->
         return [
             ObserverRow(
                 observer=HUB_OPERATOR,
-                tensor=f"all tensors that pass between the data parties and {_holder(body_host)}, in the clear ({ends})",
+                tensor=f"all tensors between the data parties and {_holder(body_host)}, in the clear ({ends})",
                 seen=seen,
                 allows="do whatever the model party can do with them",
                 covered_by=None,

@@ -1,4 +1,9 @@
-{# The page of one run. No script, no outside resource; every value is escaped (autoescape). #}
+"""The report's page, as a jinja2 template.
+
+It is Python source because a Flower App Bundle carries no HTML or template files.
+"""
+
+PAGE = r"""{# The page of one run. No script, no outside resource; every value is escaped (autoescape). #}
 {% macro cell(label, kind="") %}<td data-label="{{ label }}"{% if kind %} class="{{ kind }}"{% endif %}>{{ caller() }}</td>{% endmacro %}
 {% macro swatch(color, text, kind="") %}<li><i class="{{ kind }}" style="--c:{{ color }}"></i>{{ text }}</li>{% endmacro %}
 {% set metric = result.metric %}
@@ -19,7 +24,7 @@ body { margin:0; background:#fff; color:var(--ink); font:16px/1.55 system-ui, -a
   Arial, sans-serif; font-variant-numeric:tabular-nums; overflow-wrap:break-word;
   -webkit-print-color-adjust:exact; print-color-adjust:exact; }
 main { max-width:940px; margin:0 auto; padding:44px 24px 64px; }
-header p.kicker { margin:0 0 10px; color:var(--soft); font-size:13.5px; }
+header p.kicker { max-width:none; margin:0 0 10px; color:var(--soft); font-size:13.5px; }
 h1 { font-size:29px; line-height:1.28; font-weight:650; letter-spacing:-.012em; margin:0 0 6px; text-wrap:balance; }
 h2 { font-size:20px; line-height:1.3; font-weight:650; letter-spacing:-.005em; margin:52px 0 6px; }
 h3 { font-size:15px; margin:0 0 6px; font-weight:600; }
@@ -132,7 +137,7 @@ footer { margin-top:28px; color:var(--soft); font-size:13px; }
 <p>{{ verdict }}</p>
 <p class="note">{{ metric.name|capitalize }} on {{ metric.n|counted("row") }} of “{{ result.data.name }}” ({{ result.data.evaluated_on }}), which no one trained on.
 {{ result.data.classes }} classes, blind chance {{ metric.chance|percent }}. Lines in the bars are
-{{ (100 * metric.split_interval.confidence)|round|int }}{{ "\u00a0" }}% intervals ({{ metric.split_interval.method }}).</p>
+{{ (100 * metric.split_interval.confidence)|round|int }}{{ "\u00a0" }}% intervals, {{ metric.split_interval.method }}.</p>
 </section>
 
 <section>
@@ -213,7 +218,7 @@ Beside that, {{ result.traffic.control.messages|counted("Flower message") }} wit
 {% for flow in flows %}
 <tr>
 {% call cell("What") %}<span>{{ flow.name }}</span>{% endcall %}
-{% call cell("Direction") %}<span>{{ flow.way }}</span>{% endcall %}
+{% call cell("Direction") %}<span class="num">{{ flow.way }}</span>{% endcall %}
 {% call cell("Largest") %}<span>{{ flow.layout or "–" }}</span>{% endcall %}
 {% call cell("Messages", "n") %}<span>{{ flow.messages|count }}</span>{% endcall %}
 {% call cell("Size", "n") %}<span>{{ flow.bytes|size }}</span>{% endcall %}
@@ -317,3 +322,4 @@ Beside that, {{ result.traffic.control.messages|counted("Flower message") }} wit
 </main>
 </body>
 </html>
+"""
