@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 CONFIG ?=
+SEEDS  ?= 0 1 2
 
 .PHONY: help setup run seeds test test-all check bench docs clean
 help: ## Show the targets
@@ -18,6 +19,9 @@ $(VENV)/.installed: requirements.lock pyproject.toml
 
 run: setup ## The main job: CONFIG="data='path' seed=1" changes settings
 	@$(BIN)/python -m simulations.launch $(if $(CONFIG),--run-config "$(CONFIG)")
+
+seeds: setup ## The main job over several seeds: SEEDS="0 1 2" CONFIG="..."
+	@$(BIN)/python -m simulations.seeds --seeds "$(SEEDS)" $(if $(CONFIG),--run-config "$(CONFIG)")
 
 test: setup ## The tests that CI runs
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -1,4 +1,4 @@
-"""Flower's client side of split learning: parties ready to use, and the way into a session for one's own training code."""
+"""Flower's client side of split learning: parties ready to use, and a way into sessions for one's own code."""
 
 from vflair_flower.clients.data_party import DataParty, PartyRows
 from vflair_flower.clients.model_party import ModelParty

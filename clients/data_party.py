@@ -84,11 +84,13 @@ class DataParty:
         self._base_dir = base_dir
         self._threads = threads
 
-    def register(self, app: ClientApp) -> None:
-        """Register `hello`, `train` and `evaluate` with a ClientApp."""
+    def register(self, app: ClientApp, *, train: bool = True, evaluate: bool = True) -> None:
+        """Register with a ClientApp; leave out what your own code does (`split_session`)."""
         app.query(HELLO)(self.hello)
-        app.train()(self.train)
-        app.evaluate()(self.evaluate)
+        if train:
+            app.train()(self.train)
+        if evaluate:
+            app.evaluate()(self.evaluate)
 
     def hello(self, message: Message, context: Context) -> Message:
         """Check this party's rows and model against the job, before anything is trained.
@@ -109,7 +111,7 @@ class DataParty:
         content = RecordDict({KEY: card.to_record()})
         if config["want-arrays"]:
             own = load_data_segment(spec, context, self._base(context))
-            content["arrays"] = ArrayRecord(trained_state(own.model))  # type: ignore[arg-type]
+            content["arrays"] = ArrayRecord(trained_state(own.model))
         return Message(content, reply_to=message)
 
     def train(self, message: Message, context: Context) -> Message:

@@ -115,7 +115,7 @@ class ModelParty:
         )
         content = RecordDict({"metrics": MetricRecord({"steps": counts.steps}), KEY: report.to_record()})
         if self._share_adapter:
-            content["body"] = ArrayRecord(server.trained_state())  # type: ignore[arg-type]
+            content["body"] = ArrayRecord(server.trained_state())
         return Message(content, reply_to=message)
 
     def _segment(self, spec: SplitSpec, context: Context) -> tuple[ModelSource, Segment]:

@@ -144,7 +144,7 @@ class PartySession:
         values: dict[str, Any] = {"num-examples": num_examples, **(metrics or {})}
         content = RecordDict({"metrics": MetricRecord(values), KEY: (report or self.report()).to_record()})
         if self.training:
-            content["arrays"] = ArrayRecord(trained_state(self.model))  # type: ignore[arg-type]
+            content["arrays"] = ArrayRecord(trained_state(self.model))
         return Message(content, reply_to=self._reply_to)
 
 
@@ -203,7 +203,7 @@ def connect_to(offer: SessionOffer) -> Link:
     )
 
 
-class _StepWithTrainer(TrainerCallback):  # type: ignore[misc]
+class _StepWithTrainer(TrainerCallback):
     def __init__(self, session: PartySession) -> None:
         self._session = session
 

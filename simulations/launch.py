@@ -42,7 +42,7 @@ def main(
 ) -> None:
     """Run the main job and exit with 0 only if it finished."""
     try:
-        settings = _settings(run_config or [])
+        settings = read_settings(run_config or [])
         _check(settings)
     except (ConfigurationError, ValueError, typer.BadParameter) as error:
         _fail(str(error))
@@ -61,7 +61,7 @@ def main(
     _fail(_cause(run_dir, status, code), log_file)
 
 
-def _settings(run_config: list[str]) -> JobSettings:
+def read_settings(run_config: list[str]) -> JobSettings:
     """Read the settings as Flower will, so that what is wrong is said before anything starts."""
     loaded = load_and_validate(ROOT / "pyproject.toml", check_module=False)
     project: dict[str, Any] = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -104,6 +104,7 @@ def _superlink() -> Iterator[tuple[dict[str, str], Path]]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_DEDUP_LOGS": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
     }
     log_file = home / "superlink.log"
     command = [_tool("flower-superlink"), "--insecure", "--simulation", "--isolation", "subprocess"]

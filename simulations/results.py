@@ -8,14 +8,11 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from simulations.baseline import Unsplit
 from simulations.settings import JobSettings
 from vflair_flower import __version__
 from vflair_flower.control import RoundReport
 from vflair_flower.memory import MemoryParts
-from vflair_flower.partition import save_merged_adapter
 from vflair_flower.partition.footprint import Footprint
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.report import (
@@ -112,20 +109,6 @@ def make_result(
             control=control,
         ),
     )
-
-
-def write_adapter(folder: Path, strategy: SplitLearning, spec: SplitSpec) -> Path | None:
-    """Write all segments' trained parameters into one folder; None if a node holds the body and keeps it."""
-    body = strategy.body_state()
-    if body is None:
-        return None
-    data_state = dict(strategy.arrays.to_torch_state_dict())
-    if spec.tuning is not None:
-        save_merged_adapter(folder, [data_state, body], strategy.config, spec.tuning, spec.task)
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file({n: t.contiguous() for n, t in {**data_state, **body}.items()}, folder / "trained.safetensors")
-    return folder
 
 
 def point_latest(run_dir: Path) -> None:

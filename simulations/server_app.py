@@ -17,7 +17,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from simulations.baseline import train_unsplit
-from simulations.results import make_result, point_latest, write_adapter, write_secrets
+from simulations.results import make_result, point_latest, write_secrets
 from simulations.rows import load_dataset
 from simulations.settings import JobSettings, new_run_id
 from vflair_flower.errors import CheckpointError, ConfigurationError
@@ -98,7 +98,7 @@ def _run(grid: Grid, settings: JobSettings, run_id: str, run_dir: Path) -> None:
         run_id=run_id,
         duration_s=time.monotonic() - started,
     )
-    write_adapter(run_dir / "adapter", strategy, spec)
+    strategy.save_adapter(run_dir / "adapter")
     result.write(run_dir / "result.json")
     report = build_report(run_dir)
     point_latest(run_dir)
@@ -120,5 +120,6 @@ def _check_nodes(grid: Grid, settings: JobSettings) -> None:
     if nodes > at_once:
         raise ConfigurationError(
             f"the job needs {nodes} nodes at once, but Flower's simulation runs at most {at_once} at once on this "
-            f"machine (its cores + 4, at most 32). Set parties to {at_once - (settings.model_party == 'node')} or fewer."
+            f"machine (its cores + 4, at most 32). Set parties to {at_once - settings.num_nodes + settings.parties} "
+            "or fewer."
         )

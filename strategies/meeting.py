@@ -43,11 +43,8 @@ def meet(
         With every party's own words, if any of them cannot take part.
     """
     nodes = _wait_for_nodes(grid, timeout_s)
-    ask = {"spec": spec.to_json(), "want-arrays": want_arrays}
-    asked = [
-        Message(RecordDict({"config": ConfigRecord(dict(ask))}), dst_node_id=node, message_type=f"query.{HELLO}")
-        for node in nodes
-    ]
+    ask = ConfigRecord({"spec": spec.to_json(), "want-arrays": want_arrays})
+    asked = [Message(RecordDict({"config": ask}), dst_node_id=n, message_type=f"query.{HELLO}") for n in nodes]
     replies = sorted(grid.send_and_receive(asked, timeout=timeout_s), key=lambda reply: reply.metadata.src_node_id)
     problems = [f"node {r.metadata.src_node_id}: {r.error.reason}" for r in replies if r.has_error()]
     silent = set(nodes) - {r.metadata.src_node_id for r in replies}

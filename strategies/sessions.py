@@ -134,8 +134,8 @@ class RoundSession:
         """Count a party whose handler failed as lost at once, not when somebody's deadline passes."""
         party = self.nodes.get(reply.metadata.src_node_id)
         if party is not None and reply.has_error():
-            self._failures.setdefault(party, reply.error.reason)
-            self.session.expel(party, reply.error.reason)
+            self._failures.setdefault(party, _reason(reply))
+            self.session.expel(party, _reason(reply))
 
     def may_still_come(self, missing: set[int]) -> bool:
         """Whether the replies of these nodes are worth waiting for; also shows progress."""
@@ -170,7 +170,7 @@ class RoundSession:
         for reply in sorted(replies, key=lambda r: self.nodes.get(r.metadata.src_node_id, "")):
             party = self.nodes[reply.metadata.src_node_id]
             if reply.has_error():
-                lost.setdefault(party, reply.error.reason)
+                lost.setdefault(party, _reason(reply))
                 continue
             reports.append(RoundReport.from_content(reply.content))
             if party == MODEL_PARTY:
@@ -224,6 +224,10 @@ class RoundSession:
             f"{seconds:.0f} s",
         ]
         log(INFO, "\t    %s", "  ".join(words))
+
+
+def _reason(reply: Message) -> str:
+    return reply.error.reason or f"its handler failed with Flower's error code {reply.error.code}"
 
 
 def _report_of_body(body: SegmentServer, seconds: float) -> RoundReport:

@@ -20,11 +20,12 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
+from safetensors.torch import save_file
 from torch import Tensor
 
 from vflair_flower.control import KEY, MODEL_PARTY_ROLE, SERVE, PartyCard, RoundReport
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.partition import load_config, load_segment, resolve_model
+from vflair_flower.partition import load_config, load_segment, resolve_model, save_merged_adapter
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import MODEL_PARTY, BodyMode, SegmentServer, agreement_for
 from vflair_flower.session import Ledger
@@ -170,7 +171,7 @@ class SplitLearning(Strategy):
         log(INFO, "\t└──> Aggregator: %s", type(self.aggregator).__name__)
         self.aggregator.summary()
 
-    def start(  # type: ignore[override]
+    def start(
         self,
         grid: Grid,
         initial_arrays: ArrayRecord | None = None,
@@ -252,6 +253,24 @@ class SplitLearning(Strategy):
     def body_state(self) -> dict[str, Tensor] | None:
         """Return the body's trained state by global name; None if a node holds it and does not share it."""
         return self._body.trained_state() if self._body else self._shared_body_state
+
+    def save_adapter(self, folder: Path) -> bool:
+        """Write what all segments trained into one folder; False if a node holds the body and does not share it.
+
+        Under LoRA the folder is a PEFT adapter that plain `PeftModel.from_pretrained` loads on the full model; without,
+        it holds the trained parameters in ``trained.safetensors``, by their names in the full model.
+        """
+        body = self.body_state()
+        if body is None:
+            return False
+        data_parties = dict(self.arrays.to_torch_state_dict())
+        if self.spec.tuning is not None:
+            save_merged_adapter(folder, [data_parties, body], self.config, self.spec.tuning, self.spec.task)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {name: tensor.contiguous() for name, tensor in {**data_parties, **body}.items()}
+            save_file(tensors, folder / "trained.safetensors")
+        return True
 
     # ---- Flower's hooks ----
 
@@ -404,7 +423,7 @@ class SplitLearning(Strategy):
         self.history[-1].seconds["checkpoint"] = time.monotonic() - started
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        self.arrays = ArrayRecord(checkpoint.arrays)  # type: ignore[arg-type]
+        self.arrays = ArrayRecord(checkpoint.arrays)
         if self._body is not None and checkpoint.body is not None:
             self._body.load_state(checkpoint.body)
         self.history = [RoundRecord(**record) for record in checkpoint.history]

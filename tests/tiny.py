@@ -14,10 +14,43 @@ from transformers import (
 from vflair_flower.clients import PartyRows
 from vflair_flower.tasks import Row
 
-WORDS = (
-    "card account money transfer lost stolen pin code rate fee top up cash limit wait where why how my the is not "
-    "please help now today bill order parcel late refund close open change name"
-).split()
+WORDS = [
+    "card",
+    "account",
+    "money",
+    "transfer",
+    "lost",
+    "stolen",
+    "pin",
+    "code",
+    "rate",
+    "fee",
+    "top",
+    "up",
+    "cash",
+    "limit",
+    "wait",
+    "where",
+    "why",
+    "how",
+    "my",
+    "the",
+    "is",
+    "not",
+    "please",
+    "help",
+    "now",
+    "today",
+    "bill",
+    "order",
+    "parcel",
+    "late",
+    "refund",
+    "close",
+    "open",
+    "change",
+    "name",
+]
 LABELS = ("card", "money", "parcel")
 BLOCKS = 4
 

@@ -1,7 +1,7 @@
 """What travels in Flower messages beside the aggregator's own records: who is who, and the way into a session.
 
-One `ConfigRecord` under the key ``"vflair"`` of every message and reply; nothing of it is a tensor.  The strategy writes
-`SessionOffer`, parties write `PartyCard` and `RoundReport`.
+One `ConfigRecord` under the key ``"vflair"`` of every message and reply; nothing of it is a tensor.  The strategy
+writes `SessionOffer`, parties write `PartyCard` and `RoundReport`.
 """
 
 import importlib.metadata

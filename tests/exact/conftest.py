@@ -3,6 +3,7 @@
 B rows, T tokens, D hidden.  Nothing is downloaded; dropout is 0, because parties draw from streams of their own.
 """
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from transformers import (
 
 from vflair_flower.partition import (
     Channel,
+    LoadedSegment,
     ModelSource,
     PartitionPlan,
     Segment,
@@ -102,20 +104,27 @@ class Cut:
 
     spec: SplitSpec
     source: ModelSource
+    loads: dict[tuple[ModelSource, Segment], LoadedSegment]
 
     def __post_init__(self) -> None:
         whole = Segment(blocks=tuple(range(NUM_BLOCKS)), num_blocks=NUM_BLOCKS, embedding=True, task_head=True)
-        self.whole, _ = self._load(whole)
-        self.data_party, self.channel = self._load(self.spec.plan.data_party(NUM_BLOCKS))
-        loaded = load_segment(self.source, self.spec.plan.model_party(NUM_BLOCKS), self.spec.task, seed=3)
+        self.whole, _ = self._tune(self._load(whole))
+        own = load_segment(self.source, self.spec.plan.data_party(NUM_BLOCKS), self.spec.task, seed=3)
+        self.data_party, self.channel = self._tune(own)
+        loaded = self._load(self.spec.plan.model_party(NUM_BLOCKS))
         self.server = SegmentServer(loaded, self.spec, body_mode=BodyMode.SYNCHRONOUS, deadline_s=20)
         draw_lora_b(self.server.module)
         self.server.module.train()
         self.runner = SegmentRunner(loaded.model, loaded.segment)
         self.channel.call = self.runner
 
-    def _load(self, segment: Segment) -> tuple[nn.Module, Channel]:
-        loaded = load_segment(self.source, segment, self.spec.task, seed=3)
+    def _load(self, segment: Segment) -> LoadedSegment:
+        """Load a segment without holes to the outside: read once, then copied."""
+        if (self.source, segment) not in self.loads:
+            self.loads[self.source, segment] = load_segment(self.source, segment, self.spec.task, seed=3)
+        return copy.deepcopy(self.loads[self.source, segment])
+
+    def _tune(self, loaded: LoadedSegment) -> tuple[nn.Module, Channel]:
         model = make_trainable(loaded, self.spec.tuning, self.spec.task, seed=3)
         draw_lora_b(model)
         return model.train(), loaded.channel
@@ -173,6 +182,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, TaskK
 @pytest.fixture(scope="session")
 def cut_model(checkpoint: Callable[[str, TaskKind], ModelSource]) -> Callable[..., Cut]:
     """Builds a `Cut`: `cut_model(family, kind, plan, lora=False)`."""
+    loads: dict[tuple[ModelSource, Segment], LoadedSegment] = {}
 
     def build(family: str, kind: TaskKind, plan: PartitionPlan, *, lora: bool = False) -> Cut:
         labels = LABELS if kind is TaskKind.SEQUENCE_CLASSIFICATION else ()
@@ -183,7 +193,7 @@ def cut_model(checkpoint: Callable[[str, TaskKind], ModelSource]) -> Callable[..
             optimizer=OptimizerSettings(learning_rate=0.01, weight_decay=0.01, warmup_fraction=0.5),
             seed=3,
         )
-        return Cut(spec=spec, source=checkpoint(family, kind))
+        return Cut(spec=spec, source=checkpoint(family, kind), loads=loads)
 
     return build
 
