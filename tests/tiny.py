@@ -58,16 +58,16 @@ BLOCKS = 4
 def save_tiny(folder: Path, family: str = "bert") -> Path:
     """Write a tiny classifier of `BLOCKS` blocks and its tokenizer; dropout is off."""
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    common = dict(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=BLOCKS,
-        num_attention_heads=4,
-        max_position_embeddings=32,
-        pad_token_id=0,
-        num_labels=len(LABELS),
-    )
+    common = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": BLOCKS,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 32,
+        "pad_token_id": 0,
+        "num_labels": len(LABELS),
+    }
     torch.manual_seed(7)
     if family == "bert":
         config = BertConfig(**common, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)

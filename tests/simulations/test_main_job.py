@@ -1,0 +1,167 @@
+"""The main job on an in-process grid: what it writes, how it resumes, what it refuses."""
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import Context, RecordDict
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+import simulations.client_app
+import simulations.server_app
+from simulations.settings import JobSettings
+from tests.inprocess_grid import InProcessGrid
+from vflair_flower.errors import CheckpointError, ConfigurationError
+from vflair_flower.report import Result
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def defaults():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A folder of easy rows: the second word is the class."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    words = ("card", "money", "parcel")
+    for split, count in (("train", 96), ("validation", 24), ("test", 30)):
+        rows = [
+            {"id": f"{split}-{i}", "text": f"my {words[i % 3]} {'late ' * (i % 5)}today", "label": words[i % 3]}
+            for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def config(tmp_path, rows, tiny_bert, **changes):
+    small = {
+        "data": str(rows),
+        "model": tiny_bert,
+        "parties": 2,
+        "rounds": 2,
+        "passes": 2.0,
+        "max-tokens": 16,
+        "learning-rate": 0.01,
+        "run-id": "job",
+        "base-dir": str(tmp_path),
+        "hub-bind": "inproc",
+    }
+    return {**defaults(), **small, **{k.replace("_", "-"): v for k, v in changes.items()}}
+
+
+def run(settings, num_nodes=None):
+    num_nodes = num_nodes or settings["parties"] + (settings["model-party"] == "node")
+    nodes = [{"partition-id": i, "num-partitions": num_nodes} for i in range(num_nodes)]
+    grid = InProcessGrid(simulations.client_app.app, nodes, settings)
+    simulations.server_app.app(grid, Context(1, 1, {}, RecordDict(), settings))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"model_party": "node", "body_mode": "sequential", "data_partition": "label-skew", "alpha": 1.0},
+        {"mode": "HT", "tail_blocks": 0, "body_mode": "replicated", "wire_dtype": "bfloat16", "unsplit": False},
+    ],
+    ids=["default", "node", "HT"],
+)
+def test_job_writes_result_report_and_adapter(tmp_path, data, tiny_bert, changes):
+    settings = config(tmp_path, data, tiny_bert, **changes)
+    run(settings)
+    folder = tmp_path / "runs" / "job"
+    assert (tmp_path / "runs" / "latest").resolve() == folder.resolve()
+    result = Result.read(folder / "result.json")
+    assert result.metric.n == 30
+    assert result.metric.majority == pytest.approx(1 / 3)
+    assert (result.metric.unsplit is None) == (not settings["unsplit"])
+    assert [r.round for r in result.rounds] == [1, 2]
+    assert result.rounds[1].loss < result.rounds[0].loss
+    assert {p.name for p in result.parties} == {"party-0", "party-1", "model-party"}
+    held = {p.name: p.parameters_held for p in result.parties}
+    assert held["party-0"] + held["model-party"] == result.model.parameters
+    assert all(p.peak_memory.activations > 0 for p in result.parties)
+    assert result.traffic.total_bytes >= sum(r.sent_bytes for r in result.rounds) > 0
+    assert not any(row.tensor.startswith("undescribed") for row in result.observers)
+    assert "<svg" in (folder / "report.html").read_text()
+    full, other = (AutoModelForSequenceClassification.from_pretrained(tiny_bert).eval() for _ in range(2))
+    adapter = PeftModel.from_pretrained(other, folder / "adapter").eval()
+    ids = torch.tensor([[2, 5, 6, 3]])
+    assert not torch.equal(adapter(input_ids=ids).logits, full(input_ids=ids).logits)
+
+
+def test_job_resumes_and_repeats_the_loss_curve(tmp_path, data, tiny_bert, monkeypatch):
+    run(config(tmp_path, data, tiny_bert, run_id="whole", rounds=3, unsplit=False))
+    from vflair_flower.clients import data_party
+
+    train_round = data_party.train_round
+
+    def fail_in_round_3(session, *args):
+        if session.server_round == 3:
+            raise OSError("the lights went out")
+        return train_round(session, *args)
+
+    monkeypatch.setattr(data_party, "train_round", fail_in_round_3)
+    broken = config(tmp_path, data, tiny_bert, run_id="broken", rounds=3, unsplit=False)
+    with pytest.raises(Exception, match="the lights went out"):
+        run(broken)
+    error = json.loads((tmp_path / "runs" / "broken" / "error.json").read_text())
+    assert error["type"] == "PartyLostError"
+    assert "party-" in error["message"]
+    monkeypatch.undo()
+    run({**broken, "run-id": "", "resume": "broken"})
+    whole, resumed = (Result.read(tmp_path / "runs" / name / "result.json") for name in ("whole", "broken"))
+    assert [(r.loss, r.metric) for r in whole.rounds] == [(r.loss, r.metric) for r in resumed.rounds]
+    assert whole.metric.split == resumed.metric.split
+    assert not (tmp_path / "runs" / "broken" / "error.json").exists()
+
+
+def test_default_data_has_planted_secrets_written_down(tmp_path, data, tiny_bert):
+    run(config(tmp_path, data, tiny_bert, data="messages", local_steps=1, rounds=1, unsplit=False))
+    secrets = json.loads((tmp_path / "runs" / "job" / "secrets.json").read_text())
+    assert {secret["kind"] for secret in secrets} >= {"account", "person"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"head_blocks": 9}, "head_blocks is 9"),
+        ({"mode": "HTB"}, "the partition mode is 'HTB'"),
+        ({"mode": "HT"}, "tail_blocks is 1"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"text_column": "message"}, r"train\.jsonl:1.*message"),
+        ({"model": "./nowhere"}, "nowhere"),
+        ({"parties": 0}, "parties is 0"),
+        ({"parties": "four"}, "parties is 'four'; it takes a value of type int"),
+        ({"data_partition": "by-age"}, "by-age"),
+        ({"body_mode": "parallel"}, "parallel"),
+        ({"wire_dtype": "int3"}, "int3"),
+        ({"resume": "never"}, "run-id"),
+    ],
+)
+def test_bad_settings_are_refused_before_training(tmp_path, data, tiny_bert, changes, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    settings = config(tmp_path, data, tiny_bert, **changes)
+    with pytest.raises(ConfigurationError, match=message):
+        run(settings, num_nodes=2)
+
+
+def test_too_many_parties_at_once_are_refused_with_the_remedy(tmp_path, data, tiny_bert, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    with pytest.raises(ConfigurationError, match=r"at most 5 at once.*Set parties to 5 or fewer"):
+        run(config(tmp_path, data, tiny_bert, parties=6))
+
+
+def test_resume_of_nothing_is_refused(tmp_path, data, tiny_bert):
+    with pytest.raises(CheckpointError, match="never"):
+        run(config(tmp_path, data, tiny_bert, resume="never", run_id=""))
+
+
+def test_settings_know_every_key_of_the_run_configuration():
+    settings = JobSettings.from_run_config(defaults())
+    assert settings.to_flat() == defaults()
