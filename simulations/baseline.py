@@ -1,7 +1,8 @@
 """The unsplit baseline: the whole model, trained in one place on the joined rows for the same number of passes.
 
-It starts from the very same parameters (drawn by global name), runs the same loop with the same settings, and takes
-the batch that the parties' batches make together.  It exists to be compared with; in a deployment nobody could run it.
+It starts from the very same parameters (drawn by global name), runs the same loop with the same settings, and takes at
+every step the batch that the batches of evenly dealt parties make together.  How the job's own rows are skewed makes no
+difference to it.  It exists to be compared with; in a deployment nobody could run it.
 """
 
 import os
@@ -17,7 +18,7 @@ from vflair_flower.memory import ActivationMeter
 from vflair_flower.partition import Segment, load_config, load_segment, load_tokenizer, make_trainable, resolve_model
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.spec import SplitSpec
-from vflair_flower.tasks import BatchOrder, TextDataset, encode
+from vflair_flower.tasks import BatchOrder, DealSettings, TextDataset, deal, encode
 from vflair_flower.training import Evaluated, evaluate, train_steps
 
 
@@ -39,6 +40,30 @@ class Unsplit:
     seconds: float
 
 
+class JoinedOrder:
+    """Which of the joined rows are in a step: those that every party's own order takes, one party after another.
+
+    Parameters
+    ----------
+    sizes : list[int]
+        Rows of each party; the joined rows are party 0's, then party 1's, and so on.
+    batch_size, seed
+        As of the parties' own orders.
+    """
+
+    def __init__(self, sizes: list[int], batch_size: int, seed: int) -> None:
+        self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self._orders = [
+            BatchOrder(num_rows=size, batch_size=batch_size, seed=seed, party=f"party-{i}")
+            for i, size in enumerate(sizes)
+        ]
+
+    def indices(self, step: int) -> list[int]:
+        """Return the rows of a step."""
+        pairs = zip(self._starts, self._orders, strict=True)
+        return [start + i for start, order in pairs for i in order.indices(step)]
+
+
 def whole_segment(blocks: int) -> Segment:
     """Return the segment that is the unsplit model."""
     return Segment(blocks=tuple(range(blocks)), num_blocks=blocks, embedding=True, task_head=True)
@@ -54,13 +79,12 @@ def train_unsplit(settings: JobSettings, spec: SplitSpec, data: TextDataset, *, 
     model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
     tokenizer = load_tokenizer(source)
     pad, training = int(tokenizer.pad_token_id), spec.training
-    encoded = {name: encode(rows, tokenizer, max_tokens=training.max_tokens) for name, rows in data.splits.items()}
-    joined_batch = training.batch_size * settings.parties
-    order = BatchOrder(num_rows=len(encoded["train"]), batch_size=joined_batch, seed=spec.seed, party="joined")
-    if training.local_steps:
-        total = training.rounds * training.local_steps
-    else:
-        total = max(1, round(training.passes * order.steps_per_epoch))
+    dealt = deal(data.splits["train"], settings.parties, DealSettings(kind="iid", seed=settings.seed))
+    order = JoinedOrder([len(rows) for rows in dealt], training.batch_size, spec.seed)
+    joined = tuple(row for rows in dealt for row in rows)
+    splits = {**data.splits, "train": joined}
+    encoded = {name: encode(rows, tokenizer, max_tokens=training.max_tokens) for name, rows in splits.items()}
+    total = training.total_steps(max(len(rows) for rows in dealt))
     optimizer = spec.optimizer.build([p for p in model.parameters() if p.requires_grad])
     meter = ActivationMeter(model)
     rounds = []

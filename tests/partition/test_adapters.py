@@ -213,8 +213,7 @@ def test_footprint_is_what_loading_gives(
         assert share.training_bytes == measured
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-@pytest.mark.parametrize("wire_dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("family", "wire_dtype"), [("bert", "bfloat16"), ("llama", "float32")])
 @by_plan
 def test_footprint_bounds_the_bytes_of_a_step(
     family: str, wire_dtype: str, plan: PartitionPlan, save_checkpoint: Callable[..., ModelSource]

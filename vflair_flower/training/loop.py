@@ -7,13 +7,14 @@ Invariant: batches, learning rate and dropout depend on (seed, name, step) alone
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 
 from vflair_flower.memory import ActivationMeter
 from vflair_flower.settings import OptimizerSettings
-from vflair_flower.tasks import BatchOrder, EncodedRow, collate
+from vflair_flower.tasks import EncodedRow, collate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +38,20 @@ class Evaluated:
         return sum(self.correct) / len(self.correct)
 
 
+class Order(Protocol):
+    """Chooses the rows of each step, as `vflair_flower.tasks.BatchOrder` does."""
+
+    def indices(self, step: int) -> list[int]:
+        """Return the indices of a step's rows; a pure function of the step."""
+
+
 def train_steps(
     model: nn.Module,
     encoded: Sequence[EncodedRow],
     *,
     steps: range,
     total_steps: int,
-    order: BatchOrder,
+    order: Order,
     optimizer: torch.optim.Optimizer,
     settings: OptimizerSettings,
     pad_token_id: int,
@@ -61,7 +69,7 @@ def train_steps(
         The rows that `order` chooses from.
     steps : range
         Which steps of the job's `total_steps`.
-    order : BatchOrder
+    order : Order
         Chooses each step's rows.
     optimizer, settings
         The optimiser, and the schedule of its rate.
