@@ -45,7 +45,7 @@ def save_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, 
                 config.num_labels = 3
             model = CLASSES[kind].from_config(config)
             folder = tmp_path_factory.mktemp("checkpoint") / f"{family}-{kind}"
-            model.save_pretrained(folder, max_shard_size="24KB")
+            model.save_pretrained(folder, max_shard_size="12KB")
             assert len(list(folder.glob("*.safetensors"))) > 3
             written[family, kind] = folder
         folder = written[family, kind]
