@@ -31,8 +31,12 @@ def _threads(context: Context) -> int:
     return _settings(context).threads
 
 
+def _body_threads(context: Context) -> int:
+    return _settings(context).body_threads
+
+
 data_party = DataParty(_rows, state_dir=_state_dir, base_dir=_base_dir, threads=_threads)
-model_party = ModelParty(state_dir=_state_dir, base_dir=_base_dir, threads=_threads)
+model_party = ModelParty(state_dir=_state_dir, base_dir=_base_dir, threads=_body_threads)
 
 app = ClientApp()
 

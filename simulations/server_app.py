@@ -51,8 +51,8 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run(grid: Grid, settings: JobSettings, run_id: str, run_dir: Path) -> None:
     started = time.monotonic()
-    if settings.threads:
-        torch.set_num_threads(settings.threads)
+    if settings.body_threads:
+        torch.set_num_threads(settings.body_threads)
     _check_nodes(grid, settings)
     data = load_dataset(settings)
     spec = settings.spec(data.label_names)

@@ -50,6 +50,7 @@ class JobSettings:
     seed: int
     unsplit: bool
     threads: int
+    body_threads: int
     deadline_s: float
     on_party_lost: str
     hub_bind: str

@@ -16,7 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 def launch(*run_config, cwd=ROOT, home=None, timeout=280):
     command = [sys.executable, "-m", "simulations.launch"]
     command += [part for config in run_config for part in ("--run-config", config)]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), **({"HOME": str(home)} if home else {})}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        **({"HOME": str(home)} if home else {}),
+    }
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
