@@ -7,6 +7,7 @@ difference to it.  It exists to be compared with; in a deployment nobody could r
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from logging import INFO
 
@@ -17,8 +18,9 @@ from simulations.settings import JobSettings
 from vflair_flower.memory import ActivationMeter
 from vflair_flower.partition import Segment, load_config, load_segment, load_tokenizer, make_trainable, resolve_model
 from vflair_flower.partition.structure import num_blocks
+from vflair_flower.settings import TrainingSettings
 from vflair_flower.spec import SplitSpec
-from vflair_flower.tasks import BatchOrder, DealSettings, TextDataset, deal, encode
+from vflair_flower.tasks import BatchOrder, DealSettings, EncodedRow, TextDataset, deal, encode
 from vflair_flower.training import Evaluated, evaluate, train_steps
 
 
@@ -46,16 +48,25 @@ class JoinedOrder:
     Parameters
     ----------
     sizes : list[int]
-        Rows of each party; the joined rows are party 0's, then party 1's, and so on.
-    batch_size, seed
+        Rows of each party.
+    joined : sequence of EncodedRow
+        Party 0's rows, then party 1's, and so on.
+    training, seed
         As of the parties' own orders.
     """
 
-    def __init__(self, sizes: list[int], batch_size: int, seed: int) -> None:
+    def __init__(self, sizes: list[int], joined: Sequence[EncodedRow], training: TrainingSettings, seed: int) -> None:
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        lengths = [len(row.input_ids) for row in joined]
         self._orders = [
-            BatchOrder(num_rows=size, batch_size=batch_size, seed=seed, party=f"party-{i}")
-            for i, size in enumerate(sizes)
+            BatchOrder(
+                num_rows=size,
+                batch_size=training.batch_size,
+                seed=seed,
+                party=f"party-{i}",
+                lengths=tuple(lengths[start : start + size]) if training.group_by_length else (),
+            )
+            for i, (start, size) in enumerate(zip(self._starts, sizes, strict=True))
         ]
 
     def indices(self, step: int) -> list[int]:
@@ -80,10 +91,10 @@ def train_unsplit(settings: JobSettings, spec: SplitSpec, data: TextDataset, *, 
     tokenizer = load_tokenizer(source)
     pad, training = int(tokenizer.pad_token_id), spec.training
     dealt = deal(data.splits["train"], settings.parties, DealSettings(kind="iid", seed=settings.seed))
-    order = JoinedOrder([len(rows) for rows in dealt], training.batch_size, spec.seed)
     joined = tuple(row for rows in dealt for row in rows)
     splits = {**data.splits, "train": joined}
     encoded = {name: encode(rows, tokenizer, max_tokens=training.max_tokens) for name, rows in splits.items()}
+    order = JoinedOrder([len(rows) for rows in dealt], encoded["train"], training, spec.seed)
     total = training.total_steps(max(len(rows) for rows in dealt))
     optimizer = spec.optimizer.build([p for p in model.parameters() if p.requires_grad])
     meter = ActivationMeter(model)

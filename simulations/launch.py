@@ -103,7 +103,7 @@ def _superlink() -> Iterator[tuple[dict[str, str], Path]]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_DEDUP_LOGS": "0",
-        "RAY_worker_niceness": "0",  # parties are no background work: the body would starve them, and then wait for them
+        "RAY_worker_niceness": "0",  # parties are no background work: the body waits for them
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
     }

@@ -46,6 +46,7 @@ class JobSettings:
     batch_size: int
     evaluation_batch_size: int
     max_tokens: int
+    group_by_length: bool
     wire_dtype: str
     seed: int
     unsplit: bool
@@ -142,6 +143,7 @@ class JobSettings:
                 batch_size=self.batch_size,
                 evaluation_batch_size=self.evaluation_batch_size,
                 max_tokens=self.max_tokens,
+                group_by_length=self.group_by_length,
             ),
             wire_dtype=self.wire_dtype,
             seed=self.seed,

@@ -181,6 +181,8 @@ class TrainingSettings:
         Rows per forward pass in evaluation.
     max_tokens : int
         Texts are cut off after this many tokens.
+    group_by_length : bool
+        Whether batches are made of rows of like length, which saves padding.
     """
 
     rounds: int = 6
@@ -189,6 +191,7 @@ class TrainingSettings:
     batch_size: int = 8
     evaluation_batch_size: int = 32
     max_tokens: int = 64
+    group_by_length: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rounds", "batch_size", "evaluation_batch_size", "max_tokens"):

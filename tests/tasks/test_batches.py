@@ -132,3 +132,24 @@ def test_an_order_validates_at_birth(setting: str, value: int) -> None:
 def test_steps_count_from_zero() -> None:
     with pytest.raises(ConfigurationError, match="step is -1"):
         BatchOrder(num_rows=3, batch_size=2, seed=0, party="north").indices(-1)
+
+
+@given(num_rows=st.integers(1, 90), batch_size=st.integers(1, 9), epoch=st.integers(0, 3), seed=st.integers(0, 5))
+def test_grouping_by_length_visits_every_row_once_and_saves_padding(num_rows, batch_size, epoch, seed):
+    lengths = tuple(torch.randint(1, 60, (num_rows,), generator=torch.Generator().manual_seed(seed)).tolist())
+    orders = [
+        BatchOrder(num_rows=num_rows, batch_size=batch_size, seed=seed, party="a", lengths=known)
+        for known in ((), lengths)
+    ]
+    steps = range(epoch * orders[0].steps_per_epoch, (epoch + 1) * orders[0].steps_per_epoch)
+    plain, grouped = ([order.indices(step) for step in steps] for order in orders)
+    assert sorted(i for batch in grouped for i in batch) == list(range(num_rows))
+    assert [len(batch) for batch in plain] == [len(batch) for batch in grouped]
+    if num_rows >= 40 and batch_size >= 4:
+        padded = [sum(len(b) * max(lengths[i] for i in b) for b in batches) for batches in (plain, grouped)]
+        assert padded[1] < padded[0]
+
+
+def test_lengths_of_another_number_of_rows_are_refused():
+    with pytest.raises(ConfigurationError, match="3 lengths for 4 rows"):
+        BatchOrder(num_rows=4, batch_size=2, seed=0, party="a", lengths=(1, 2, 3))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,8 @@ from vflair_flower.errors import ConfigurationError, DataError
 from vflair_flower.tasks.dataset import Row
 
 logger = logging.getLogger(__name__)
+
+_GROUPED_BATCHES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +192,10 @@ class BatchOrder:
         The run's seed.
     party : str
         Name of the party, so that parties do not walk in step.
+    lengths : tuple of int
+        Tokens of each row, to group rows of like length; empty does not.  Batches of like length need little padding,
+        and on short texts of mixed length half of the arithmetic is padding.  Grouping is within `_GROUPED_BATCHES`
+        batches of the epoch's permutation, and whole batches are shuffled again.
 
     Raises
     ------
@@ -206,6 +213,7 @@ class BatchOrder:
     batch_size: int
     seed: int
     party: str
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for setting, value, least in (
@@ -218,6 +226,12 @@ class BatchOrder:
                     f"{setting} is {value} for party {self.party!r}, so there would be no batches. "
                     f"Choose at least {least}."
                 )
+
+        if self.lengths and len(self.lengths) != self.num_rows:
+            raise ConfigurationError(
+                f"there are {len(self.lengths)} lengths for {self.num_rows} rows of party {self.party!r}. "
+                "Give one length per row, or none."
+            )
 
     @property
     def steps_per_epoch(self) -> int:
@@ -251,6 +265,19 @@ class BatchOrder:
         epoch = self.epoch(step)
         # Python's own hash() of a string differs from process to process.
         party = int.from_bytes(hashlib.sha256(self.party.encode()).digest()[:16], "big")
-        permutation = np.random.Generator(np.random.PCG64([self.seed, epoch, party])).permutation(self.num_rows)
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch, party]))
+        permutation = generator.permutation(self.num_rows)
+        if self.lengths:
+            permutation = self._grouped(permutation, generator)
         start = (step % self.steps_per_epoch) * self.batch_size
         return [int(place) for place in permutation[start : start + self.batch_size]]
+
+    def _grouped(self, permutation: npt.NDArray[np.int64], generator: np.random.Generator) -> npt.NDArray[np.int64]:
+        """Sort stretches of the permutation by length, then shuffle whole batches; a smaller one stays last."""
+        lengths = np.asarray(self.lengths)
+        stretch = _GROUPED_BATCHES * self.batch_size
+        parts = [permutation[i : i + stretch] for i in range(0, self.num_rows, stretch)]
+        grouped = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
+        full = self.num_rows // self.batch_size
+        batches = grouped[: full * self.batch_size].reshape(full, self.batch_size)
+        return np.concatenate([batches[generator.permutation(full)].reshape(-1), grouped[full * self.batch_size :]])
