@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vflair_flower.errors import (
+    ConfigurationError,
     DeadlineError,
     FrameError,
     PartyLostError,
@@ -104,6 +105,20 @@ class Phase(enum.Enum):
     IDLE = "idle"
     CALLING = "its call is pending"
     CALLED = "it is being called"
+
+
+def test_a_party_known_to_be_gone_is_expelled(house: House) -> None:
+    """Flower may know before the hub that a party's handler has failed, even one that never dialled."""
+    session = house.open("a", "b")
+    link = house.link("a")
+    session.expel("b", "its handler failed")
+    assert session.lost == dict(house.losses) == {"b": "its handler failed"}
+    with pytest.raises(PartyLostError, match="party 'b' is lost: its handler failed"):
+        link.call("b", "double", X)
+    with pytest.raises(TicketError):
+        house.link("b")
+    with pytest.raises(ConfigurationError, match="'c' is no party"):
+        session.expel("c", "?")
 
 
 class Death(enum.Enum):
