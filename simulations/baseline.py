@@ -113,6 +113,7 @@ def train_unsplit(settings: JobSettings, spec: SplitSpec, data: TextDataset, *, 
             seed=spec.seed,
             name="joined",
             meter=meter,
+            micro_batch_size=training.batch_size,
         )
         held_out = evaluate(model, encoded["validation"], batch_size=training.evaluation_batch_size, pad_token_id=pad)
         rounds.append(UnsplitRound(loss=trained.loss, accuracy=held_out.accuracy))

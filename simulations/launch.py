@@ -54,7 +54,7 @@ def main(
         command += [part for config in configs for part in ("--run-config", config)]
         command += ["--federation-config", _federation(settings)]
         code = subprocess.run(command, env=environment, check=False).returncode
-        status = _status(environment)
+        status = _final_status(environment) if code == 0 else "not started"
     run_dir = (Path(extra["base-dir"]) / settings.runs).resolve() / run_id
     if code == 0 and status == "finished:completed" and (run_dir / "result.json").is_file():
         return
@@ -156,6 +156,22 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
             member.kill()
         except psutil.NoSuchProcess:
             continue
+
+
+def _final_status(environment: dict[str, str]) -> str:
+    """Return how the run ended; `flwr run --stream` may lose its stream on a busy machine while the run goes on."""
+    unknown_since = None
+    while True:
+        status = _status(environment)
+        if status.startswith("finished"):
+            return status
+        if status != "unknown":
+            unknown_since = None
+        elif unknown_since is None:
+            unknown_since = time.monotonic()
+        elif time.monotonic() - unknown_since > _START_S:
+            return status
+        time.sleep(1.0)
 
 
 def _status(environment: dict[str, str]) -> str:

@@ -1,5 +1,6 @@
 """Fixtures for all tests: tiny models on disk, and what lies beside the project where it does."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -27,3 +28,18 @@ def shared():
     if not SHARED.is_dir():
         pytest.skip(f"real data and models are not here: {SHARED} does not exist")
     return SHARED
+
+
+@pytest.fixture
+def easy_rows(tmp_path):
+    """A folder of easy rows in the tiny models' three classes: the second word is the class."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    words = ("card", "money", "parcel")
+    for split, count in (("train", 96), ("validation", 24), ("test", 30)):
+        rows = [
+            {"id": f"{split}-{i}", "text": f"my {words[i % 3]} {'late ' * (i % 5)}today", "label": words[i % 3]}
+            for i in range(count)
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder

@@ -44,11 +44,11 @@ def test_bad_settings_are_refused_before_anything_starts(run_config, message, tm
     assert "SuperLink" not in done.stdout
 
 
-def test_flwr_run_with_processes_of_its_own(tmp_path, tiny_bert):
+def test_flwr_run_with_processes_of_its_own(tmp_path, tiny_bert, easy_rows):
     """The whole way: SuperLink, Ray, a process per party, gRPC sessions; and nothing in the user's own Flower home."""
     home = tmp_path / "home"
     home.mkdir()
-    small = f"model='{tiny_bert}' parties=2 rounds=2 local-steps=3 run-id='smoke' data-partition='quantity-skew'"
+    small = f"model='{tiny_bert}' data='rows' parties=2 rounds=2 local-steps=3 run-id='smoke'"
     done = launch(small, cwd=tmp_path, home=home)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     result = Result.read(tmp_path / "runs" / "smoke" / "result.json")
@@ -58,9 +58,9 @@ def test_flwr_run_with_processes_of_its_own(tmp_path, tiny_bert):
     assert not (home / ".flwr").exists()
 
 
-def test_failed_run_exits_with_its_cause(tmp_path, tiny_bert):
+def test_failed_run_exits_with_its_cause(tmp_path, tiny_bert, easy_rows):
     """The run fails at the parties, after the launcher's own checks: `flwr run --stream` alone would exit with 0."""
-    small = f"model='{tiny_bert}' parties=2 rounds=1 local-steps=1 run-id='bad' hub-bind='127.0.0.1:1'"
+    small = f"model='{tiny_bert}' data='rows' parties=2 rounds=1 local-steps=1 run-id='bad' hub-bind='nowhere:x'"
     done = launch(small, cwd=tmp_path)
     assert done.returncode == 1
     assert "The run failed: ConfigurationError" in done.stderr

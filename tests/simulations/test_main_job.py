@@ -24,21 +24,6 @@ def defaults():
     return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
 
 
-@pytest.fixture
-def data(tmp_path):
-    """A folder of easy rows: the second word is the class."""
-    folder = tmp_path / "rows"
-    folder.mkdir()
-    words = ("card", "money", "parcel")
-    for split, count in (("train", 96), ("validation", 24), ("test", 30)):
-        rows = [
-            {"id": f"{split}-{i}", "text": f"my {words[i % 3]} {'late ' * (i % 5)}today", "label": words[i % 3]}
-            for i in range(count)
-        ]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 def config(tmp_path, rows, tiny_bert, **changes):
     small = {
         "data": str(rows),
@@ -71,8 +56,8 @@ def run(settings, num_nodes=None):
     ],
     ids=["default", "node", "HT"],
 )
-def test_job_writes_result_report_and_adapter(tmp_path, data, tiny_bert, changes):
-    settings = config(tmp_path, data, tiny_bert, **changes)
+def test_job_writes_result_report_and_adapter(tmp_path, easy_rows, tiny_bert, changes):
+    settings = config(tmp_path, easy_rows, tiny_bert, **changes)
     run(settings)
     folder = tmp_path / "runs" / "job"
     assert (tmp_path / "runs" / "latest").resolve() == folder.resolve()
@@ -95,8 +80,8 @@ def test_job_writes_result_report_and_adapter(tmp_path, data, tiny_bert, changes
     assert not torch.equal(adapter(input_ids=ids).logits, full(input_ids=ids).logits)
 
 
-def test_job_resumes_and_repeats_the_loss_curve(tmp_path, data, tiny_bert, monkeypatch):
-    run(config(tmp_path, data, tiny_bert, run_id="whole", rounds=3, unsplit=False))
+def test_job_resumes_and_repeats_the_loss_curve(tmp_path, easy_rows, tiny_bert, monkeypatch):
+    run(config(tmp_path, easy_rows, tiny_bert, run_id="whole", rounds=3, unsplit=False))
     from vflair_flower.clients import data_party
 
     train_round = data_party.train_round
@@ -107,7 +92,7 @@ def test_job_resumes_and_repeats_the_loss_curve(tmp_path, data, tiny_bert, monke
         return train_round(session, *args)
 
     monkeypatch.setattr(data_party, "train_round", fail_in_round_3)
-    broken = config(tmp_path, data, tiny_bert, run_id="broken", rounds=3, unsplit=False)
+    broken = config(tmp_path, easy_rows, tiny_bert, run_id="broken", rounds=3, unsplit=False)
     with pytest.raises(Exception, match="the lights went out"):
         run(broken)
     error = json.loads((tmp_path / "runs" / "broken" / "error.json").read_text())
@@ -121,8 +106,8 @@ def test_job_resumes_and_repeats_the_loss_curve(tmp_path, data, tiny_bert, monke
     assert not (tmp_path / "runs" / "broken" / "error.json").exists()
 
 
-def test_default_data_has_planted_secrets_written_down(tmp_path, data, tiny_bert):
-    run(config(tmp_path, data, tiny_bert, data="messages", local_steps=1, rounds=1, unsplit=False))
+def test_default_data_has_planted_secrets_written_down(tmp_path, easy_rows):
+    run(config(tmp_path, easy_rows, "minilm-l6", data="messages", local_steps=1, rounds=1, unsplit=False))
     secrets = json.loads((tmp_path / "runs" / "job" / "secrets.json").read_text())
     assert {secret["kind"] for secret in secrets} >= {"account", "person"}
 
@@ -136,6 +121,7 @@ def test_default_data_has_planted_secrets_written_down(tmp_path, data, tiny_bert
         ({"data": "nowhere"}, "nowhere"),
         ({"text_column": "message"}, r"train\.jsonl:1.*message"),
         ({"model": "./nowhere"}, "nowhere"),
+        ({"data": "messages"}, "task head of 3 classes, and the job's data has 12"),
         ({"parties": 0}, "parties is 0"),
         ({"parties": "four"}, "parties is 'four'; it takes a value of type int"),
         ({"data_partition": "by-age"}, "by-age"),
@@ -144,22 +130,22 @@ def test_default_data_has_planted_secrets_written_down(tmp_path, data, tiny_bert
         ({"resume": "never"}, "run-id"),
     ],
 )
-def test_bad_settings_are_refused_before_training(tmp_path, data, tiny_bert, changes, message, monkeypatch):
+def test_bad_settings_are_refused_before_training(tmp_path, easy_rows, tiny_bert, changes, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    settings = config(tmp_path, data, tiny_bert, **changes)
+    settings = config(tmp_path, easy_rows, tiny_bert, **changes)
     with pytest.raises(ConfigurationError, match=message):
         run(settings, num_nodes=2)
 
 
-def test_too_many_parties_at_once_are_refused_with_the_remedy(tmp_path, data, tiny_bert, monkeypatch):
+def test_too_many_parties_at_once_are_refused_with_the_remedy(tmp_path, easy_rows, tiny_bert, monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 1)
     with pytest.raises(ConfigurationError, match=r"at most 5 at once.*Set parties to 5 or fewer"):
-        run(config(tmp_path, data, tiny_bert, parties=6))
+        run(config(tmp_path, easy_rows, tiny_bert, parties=6))
 
 
-def test_resume_of_nothing_is_refused(tmp_path, data, tiny_bert):
+def test_resume_of_nothing_is_refused(tmp_path, easy_rows, tiny_bert):
     with pytest.raises(CheckpointError, match="never"):
-        run(config(tmp_path, data, tiny_bert, resume="never", run_id=""))
+        run(config(tmp_path, easy_rows, tiny_bert, resume="never", run_id=""))
 
 
 def test_settings_know_every_key_of_the_run_configuration():

@@ -81,10 +81,22 @@ def load_config(source: ModelSource, task: TaskSettings) -> PreTrainedConfig:
         ) from error
     family_of(config)
     if task.kind is TaskKind.SEQUENCE_CLASSIFICATION:
+        _check_classes(config, source, task)
         config.id2label = dict(enumerate(task.label_names))
         config.label2id = {name: index for index, name in enumerate(task.label_names)}
         config.problem_type = "single_label_classification"
     return config
+
+
+def _check_classes(config: PreTrainedConfig, source: ModelSource, task: TaskSettings) -> None:
+    """Refuse a checkpoint whose task head was trained for another number of classes."""
+    has_head = any("ForSequenceClassification" in name for name in config.architectures or ())
+    if has_head and config.num_labels != len(task.label_names):
+        raise ModelError(
+            f"the checkpoint {source.location!r} has a task head of {config.num_labels} classes, and the job's data "
+            f"has {len(task.label_names)}; labels beyond the head would have no output. Use data of the checkpoint's "
+            "classes, or a checkpoint without a task head."
+        )
 
 
 def _first_line(error: BaseException) -> str:

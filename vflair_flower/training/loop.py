@@ -58,6 +58,7 @@ def train_steps(
     seed: int,
     name: str,
     meter: ActivationMeter,
+    micro_batch_size: int | None = None,
 ) -> Trained:
     """Take optimiser steps.
 
@@ -79,21 +80,26 @@ def train_steps(
         Dropout's randomness depends on them and the step.
     meter : ActivationMeter
         Measures what the forward passes keep.
+    micro_batch_size : int, optional
+        Rows per forward pass: a step's rows are then taken in portions of like length, whose gradients add up to the
+        step's.  By default a step is one forward pass.
     """
     total, rows = 0.0, 0
     for step in steps:
         batch = [encoded[i] for i in order.indices(step)]
-        made = collate(batch, pad_token_id=pad_token_id)
         for group in optimizer.param_groups:
             group["lr"] = settings.rate(step, total_steps)
         _seed_dropout(seed, name, step)
-        with meter.measure(made.input_ids.shape, step):
-            output = model(input_ids=made.input_ids, attention_mask=made.attention_mask, labels=made.labels)
-        output.loss.backward()
-        meter.release(step)
+        for portion in _portions(batch, micro_batch_size):
+            made = collate(portion, pad_token_id=pad_token_id)
+            with meter.measure(made.input_ids.shape, step):
+                output = model(input_ids=made.input_ids, attention_mask=made.attention_mask, labels=made.labels)
+            loss = output.loss
+            (loss if len(portion) == len(batch) else loss * (len(portion) / len(batch))).backward()
+            meter.release(step)
+            total += float(loss.detach()) * len(portion)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        total += float(output.loss.detach()) * len(batch)
         rows += len(batch)
     return Trained(loss=total / max(1, rows), rows=rows)
 
@@ -113,6 +119,13 @@ def evaluate(model: nn.Module, encoded: Sequence[EncodedRow], *, batch_size: int
             for i, predicted in zip(chosen, output.logits.argmax(-1).tolist(), strict=True):
                 correct[i] = predicted == encoded[i].label
     return Evaluated(loss=total / len(encoded), correct=tuple(correct))
+
+
+def _portions(batch: list[EncodedRow], size: int | None) -> list[list[EncodedRow]]:
+    if size is None or size >= len(batch):
+        return [batch]
+    by_length = sorted(batch, key=lambda row: len(row.input_ids))
+    return [by_length[i : i + size] for i in range(0, len(batch), size)]
 
 
 def _seed_dropout(seed: int, name: str, step: int) -> None:

@@ -1,0 +1,63 @@
+"""The training loop: portions of a step add up to the step, and evaluation is told row by row."""
+
+import pytest
+import torch
+
+from tests.tiny import LABELS, tiny_rows
+from vflair_flower.memory import ActivationMeter
+from vflair_flower.partition import Segment, load_segment, load_tokenizer, make_trainable, resolve_model
+from vflair_flower.settings import LoraSettings, OptimizerSettings, TaskSettings
+from vflair_flower.tasks import BatchOrder, encode
+from vflair_flower.training import evaluate, train_steps
+
+TASK = TaskSettings(label_names=LABELS)
+SGD = OptimizerSettings(name="sgd", learning_rate=0.1, schedule="constant")
+
+
+@pytest.fixture
+def setting(tiny_bert):
+    source = resolve_model(tiny_bert)
+    segment = Segment(blocks=(0, 1, 2, 3), num_blocks=4, embedding=True, task_head=True)
+    model = make_trainable(load_segment(source, segment, TASK), LoraSettings(), TASK, seed=0).train()
+    return model, encode(tiny_rows(0).train, load_tokenizer(source), max_tokens=16)
+
+
+def train(setting, micro_batch_size=None, steps=3):
+    model, encoded = setting
+    trained = train_steps(
+        model,
+        encoded,
+        steps=range(steps),
+        total_steps=steps,
+        order=BatchOrder(num_rows=len(encoded), batch_size=10, seed=0, party="a"),
+        optimizer=SGD.build([p for p in model.parameters() if p.requires_grad]),
+        settings=SGD,
+        pad_token_id=0,
+        seed=0,
+        name="a",
+        meter=ActivationMeter(model),
+        micro_batch_size=micro_batch_size,
+    )
+    return trained, {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_portions_of_a_step_add_up_to_the_step(setting, tiny_bert, request):
+    start = {n: p.detach().clone() for n, p in setting[0].named_parameters()}
+    whole, one = train(setting)
+    with torch.no_grad():
+        for name, parameter in setting[0].named_parameters():
+            parameter.copy_(start[name])
+    portions, other = train(setting, micro_batch_size=4)
+    assert portions.rows == whole.rows == 24
+    assert portions.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert max(float((one[n] - start[n]).abs().max()) for n in one) > 1e-3
+    assert max(float((one[n] - other[n]).abs().max()) for n in one) < 1e-6
+
+
+def test_evaluation_does_not_depend_on_how_rows_are_batched(setting):
+    model, encoded = setting
+    train(setting)
+    results = [evaluate(model, encoded, batch_size=size, pad_token_id=0) for size in (1, 5, 24)]
+    assert len({result.correct for result in results}) == 1
+    assert results[0].accuracy == sum(results[0].correct) / 24
+    assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
