@@ -30,6 +30,8 @@ from vflair_flower.control import KEY, RoundReport, SessionOffer
 from vflair_flower.memory import ActivationMeter, MemoryParts, optimizer_bytes, process_peak_bytes, tensor_bytes
 from vflair_flower.partition import load_tokenizer, load_trained_state, trained_state
 from vflair_flower.remote import RemoteSegment, parameter_counts
+from vflair_flower.remote.averaging import average_gradients
+from vflair_flower.remote.protocol import AVERAGER, FINISH
 from vflair_flower.session import Agreement, Link, connect
 from vflair_flower.spec import SplitSpec
 
@@ -49,7 +51,7 @@ class PartySession:
         Who this is and what the session is for.
     """
 
-    def __init__(self, message: Message, own: DataSegment, remote: RemoteSegment) -> None:
+    def __init__(self, message: Message, own: DataSegment, link: Link, remote: RemoteSegment) -> None:
         offer = SessionOffer.from_content(message.content)
         self.spec = own.spec
         self.party = offer.party
@@ -61,6 +63,7 @@ class PartySession:
         self.next_step = 0
         """Number of the next optimiser step over the whole job; counts up."""
         self.meter = ActivationMeter(own.model)
+        self._link = link
         self._remote = remote
         self._steps = 0
         self._started = time.monotonic()
@@ -83,7 +86,11 @@ class PartySession:
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """Let the model party step whenever `optimizer` has stepped; returns the optimiser."""
+        """Let the model party step whenever `optimizer` has stepped; returns the optimiser.
+
+        Where the job averages at every step, the gradients are averaged right before.
+        """
+        optimizer.register_step_pre_hook(lambda *_: self.before_step())
         optimizer.register_step_post_hook(lambda *_: self.step())
         self._optimizers.append(optimizer)
         return optimizer
@@ -93,6 +100,13 @@ class PartySession:
         self._remote.step(step=self.next_step, total_steps=self.total_steps)
         self.next_step += 1
         self._steps += 1
+
+    def before_step(self) -> None:
+        """Average this party's gradients with the others', where the job does so at every step; `attach` calls it."""
+        if self.spec.averaging != "step":
+            return
+        trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        average_gradients(self._link, trained, rows=self._remote.rows_since_step)
 
     def trainer_callback(self) -> TrainerCallback:
         """Return a callback that does for a Hugging Face `Trainer` what `attach` does for an optimiser."""
@@ -183,7 +197,9 @@ def split_session(message: Message, context: Context, *, base_dir: Path | None =
         remote = RemoteSegment(link, own.spec)
         own.channel.call = remote
         try:
-            yield PartySession(message, own, remote)
+            yield PartySession(message, own, link, remote)
+            if offer.training and own.spec.averaging == "step":
+                link.call(AVERAGER, FINISH, {})
             remote.finish()
         finally:
             own.channel.call = None
@@ -206,6 +222,10 @@ def connect_to(offer: SessionOffer) -> Link:
 class _StepWithTrainer(TrainerCallback):
     def __init__(self, session: PartySession) -> None:
         self._session = session
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Average with the other parties, right before the step here."""
+        self._session.before_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Step at the model party, right after the step here."""

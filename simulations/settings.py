@@ -48,6 +48,7 @@ class JobSettings:
     max_tokens: int
     group_by_length: bool
     wire_dtype: str
+    averaging: str
     seed: int
     unsplit: bool
     threads: int
@@ -116,6 +117,9 @@ class JobSettings:
 
     def spec(self, label_names: tuple[str, ...]) -> SplitSpec:
         """Return what all parties agree on."""
+        averaging = self.averaging
+        if averaging == "auto":
+            averaging = "step" if self.body_mode == "synchronous" else "round"
         targets = tuple(name.strip() for name in self.lora_targets.split(",") if name.strip())
         lora = (
             None
@@ -146,6 +150,7 @@ class JobSettings:
                 group_by_length=self.group_by_length,
             ),
             wire_dtype=self.wire_dtype,
+            averaging=averaging,
             seed=self.seed,
         )
 

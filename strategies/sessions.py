@@ -17,7 +17,9 @@ from vflair_flower.control import DATA_PARTY_ROLE, KEY, MODEL_PARTY_ROLE, RoundR
 from vflair_flower.errors import PartyLostError, SessionError
 from vflair_flower.memory import process_peak_bytes
 from vflair_flower.remote import MODEL_PARTY, BodyMode, SegmentServer, parameter_counts
-from vflair_flower.session import Agreement, Hub, HubSession
+from vflair_flower.remote.averaging import GradientAverager
+from vflair_flower.remote.protocol import AVERAGER
+from vflair_flower.session import Agreement, Handler, Hub, HubSession
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies.hub_settings import HubSettings
 
@@ -94,17 +96,23 @@ class RoundSession:
     started: float = field(init=False)
     _shown: float = 0.0
     _grace_until: float = 0.0
+    _averager: GradientAverager | None = None
     _failures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.parties = sorted(name for name in self.nodes.values() if name != MODEL_PARTY)
         if self.body is not None:
             self.body.begin(self.parties, server_round=self.server_round, training=self.training)
+        hosts: dict[str, Handler] = {} if self.body is None else {MODEL_PARTY: self.body}
+        self._averager = None
+        if self.training and self.settings.spec.averaging == "step":
+            self._averager = GradientAverager(self.parties, self.settings.deadline_s)
+            hosts[AVERAGER] = self._averager
         self.started = time.monotonic()
         self.session = self.hub.open_session(
             sorted(self.nodes.values()),
             self.settings.agreement,
-            hosts={} if self.body is None else {MODEL_PARTY: self.body},
+            hosts=hosts,
             deadline_s=self.settings.deadline_s,
             join_deadline_s=self.settings.join_deadline_s,
             on_lost=self._on_lost,
@@ -205,6 +213,8 @@ class RoundSession:
     def _on_lost(self, party: str, reason: str) -> None:
         if self.body is not None:
             self.body.leave(party, lost=True)
+        if self._averager is not None:
+            self._averager.leave(party)
         if party == MODEL_PARTY or self.settings.on_party_lost == "stop":
             self.session.abort(f"party '{party}' is lost: {reason}")
 

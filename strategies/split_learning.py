@@ -26,6 +26,7 @@ from torch import Tensor
 from vflair_flower.control import KEY, MODEL_PARTY_ROLE, SERVE, PartyCard, RoundReport
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import load_config, load_segment, resolve_model, save_merged_adapter
+from vflair_flower.partition.footprint import footprint
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import MODEL_PARTY, BodyMode, SegmentServer, agreement_for
 from vflair_flower.session import Ledger
@@ -108,6 +109,11 @@ class SplitLearning(Strategy):
         one_of("body_mode", str(body_mode), tuple(BodyMode))
         one_of("model_party", model_party, ("strategy", "node"))
         one_of("on_party_lost", on_party_lost, ("continue", "stop"))
+        if spec.averaging == "step" and body_mode != BodyMode.SYNCHRONOUS:
+            raise ConfigurationError(
+                f"averaging is 'step' and body_mode is '{body_mode}': averaging waits for all parties at every step, "
+                "and only 'synchronous' lets all of them step at once. Set averaging to 'round', or another body_mode."
+            )
         if resume and checkpoint_dir is None:
             raise ConfigurationError("resume is set, but checkpoint_dir is not; name the folder of the checkpoints.")
         self.spec = spec
@@ -129,11 +135,12 @@ class SplitLearning(Strategy):
         self.config = load_config(source, spec.task)
         """The model's configuration."""
         segment = spec.plan.model_party(num_blocks(self.config))
+        trained = footprint(source, spec).data_party.trained if spec.averaging == "step" else 0
         hub_settings = hub or HubSettings()
         self._hub = hub_settings.build()
         self._sessions = SessionSettings(
             spec=spec,
-            agreement=agreement_for(spec, self.config),
+            agreement=agreement_for(spec, self.config, trained_parameters=trained),
             hub=hub_settings,
             body_mode=BodyMode(body_mode),
             job=job,

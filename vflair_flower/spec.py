@@ -40,6 +40,9 @@ class SplitSpec:
     wire_dtype : str
         What hidden states and gradients are cast to before they are sent, in both directions; anything but
         ``"float32"`` ends bit equality with the unsplit model.
+    averaging : str
+        When the data parties' heads and tails are made equal: ``"round"``, by the aggregator at the end of the round,
+        or ``"step"``, their gradients at every step as well (`vflair_flower.remote.averaging`).
     seed : int
         Of initialisation, batch order and dropout.
     """
@@ -51,10 +54,12 @@ class SplitSpec:
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings = TrainingSettings()
     wire_dtype: str = "float32"
+    averaging: str = "round"
     seed: int = 0
 
     def __post_init__(self) -> None:
         one_of("wire_dtype", self.wire_dtype, tuple(WIRE_DTYPES))
+        one_of("averaging", self.averaging, ("round", "step"))
 
     def to_json(self) -> str:
         """Return the specification as JSON text."""

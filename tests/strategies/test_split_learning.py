@@ -223,6 +223,23 @@ def test_unknown_settings_are_refused(spec, settings):
         SplitLearning(spec=spec, aggregator=fedavg(), **settings)
 
 
+def test_averaging_at_every_step_keeps_parties_equal_and_survives_a_loss(nodes, spec, monkeypatch):
+    spec = dataclasses.replace(spec, averaging="step")
+    nodes[0]["num-train"] = 7
+    _fail_in_round(monkeypatch, party="party-1", server_round=2)
+    strategy, *_ = run(InProcessGrid(app, nodes), spec)
+    assert [sorted(r.lost) for r in strategy.history] == [[], ["party-1"], []]
+    sizes = {e.max_shape for e in strategy.ledger.entries() if e.tensor == "gradient"}
+    assert sizes == {(strategy.reports["party-0"].parameters_trained,)}
+    again, *_ = run(InProcessGrid(app, nodes), spec, job="again")
+    assert_equal(state_of(strategy), state_of(again))
+
+
+def test_averaging_at_every_step_needs_parties_that_step_at_once(spec):
+    with pytest.raises(ConfigurationError, match="averaging is 'step' and body_mode is 'sequential'"):
+        SplitLearning(spec=dataclasses.replace(spec, averaging="step"), aggregator=fedavg(), body_mode="sequential")
+
+
 def test_ledger_holds_what_is_allowed_and_no_more(nodes, spec):
     strategy, *_ = run(InProcessGrid(app, nodes), spec)
     crossed = {(e.operation, e.direction, e.tensor) for e in strategy.ledger.entries() if e.tensor != "header"}

@@ -8,6 +8,7 @@ B batch, T tokens, D hidden, C classes, V vocabulary.
 | `backward` | `grad`, shaped as forward's reply                              | `grad`? [B, T, D]                  |
 | `step`     | nothing but counts                                             | nothing                            |
 | `finish`   | nothing                                                        | nothing                            |
+| `average`  | `gradient` [N], of all that a data party trains                | `gradient` [N], the parties' mean  |
 """
 
 import torch
@@ -22,7 +23,10 @@ from vflair_flower.spec import WIRE_DTYPES, SplitSpec
 MODEL_PARTY = "model-party"
 """Name of the party that holds the body, at the hub or at a node of its own."""
 
-FORWARD, BACKWARD, STEP, FINISH = "forward", "backward", "step", "finish"
+AVERAGER = "averager"
+"""Name of the hub's endpoint that averages gradients of heads and tails, in sessions that do."""
+
+FORWARD, BACKWARD, STEP, FINISH, AVERAGE = "forward", "backward", "step", "finish", "average"
 MASK_DTYPE, POSITION_DTYPE = torch.uint8, torch.int32
 
 
@@ -31,7 +35,7 @@ def returned_name(mode: Mode) -> str:
     return "logits" if mode is Mode.HT else "hidden"
 
 
-def agreement_for(spec: SplitSpec, config: PreTrainedConfig) -> Agreement:
+def agreement_for(spec: SplitSpec, config: PreTrainedConfig, *, trained_parameters: int = 0) -> Agreement:
     """Return the agreement that all parties of a job hold each other to.
 
     Parameters
@@ -40,6 +44,8 @@ def agreement_for(spec: SplitSpec, config: PreTrainedConfig) -> Agreement:
         Gives the cut, the wire's dtype, and the largest batch and length.
     config : transformers.PreTrainedConfig
         Gives D, C and V.
+    trained_parameters : int
+        N, how many parameters a data party trains; needed where gradients are averaged at every step.
     """
     rows = max(spec.training.batch_size, spec.training.evaluation_batch_size)
     tokens = spec.training.max_tokens
@@ -59,15 +65,17 @@ def agreement_for(spec: SplitSpec, config: PreTrainedConfig) -> Agreement:
     mask = TensorSpec("attention_mask", (MASK_DTYPE,), (rows, tokens), (False, False))
     positions = TensorSpec("position_ids", (POSITION_DTYPE,), (rows, tokens), (False, False))
     back = TensorSpec(returned_name(spec.plan.mode), wire, answer, fixed)
-    return Agreement(
-        operations={
-            FORWARD: OperationSpec((sent, mask, positions), (back,), frozenset({"position_ids"})),
-            BACKWARD: OperationSpec(
-                (TensorSpec("grad", wire, answer, fixed),),
-                (TensorSpec("grad", wire, hidden_BTD, (False, False, True)),),
-                frozenset({"grad"}),
-            ),
-            STEP: OperationSpec((), ()),
-            FINISH: OperationSpec((), ()),
-        }
-    )
+    operations = {
+        FORWARD: OperationSpec((sent, mask, positions), (back,), frozenset({"position_ids"})),
+        BACKWARD: OperationSpec(
+            (TensorSpec("grad", wire, answer, fixed),),
+            (TensorSpec("grad", wire, hidden_BTD, (False, False, True)),),
+            frozenset({"grad"}),
+        ),
+        STEP: OperationSpec((), ()),
+        FINISH: OperationSpec((), ()),
+    }
+    if spec.averaging == "step":
+        gradient = TensorSpec("gradient", (torch.float32,), (trained_parameters,), (True,))
+        operations[AVERAGE] = OperationSpec((gradient,), (gradient,))
+    return Agreement(operations=operations)

@@ -217,9 +217,19 @@ def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_bloc
         ("forward", "up", "input_ids"): _IDS,
         ("forward", "up", "labels"): _LABELS,
         ("backward", "up", "labels"): _LABELS,
+        ("average", "up", "gradient"): _Kind(
+            name=f"{GRADIENT}: of the head's and tail's trained parameters, at every step",
+            allows="infer labels of the batch and, with enough effort, words of it (gradient inversion)",
+            uncovered="much about every batch that was trained on; averaging='round' sends only the sum of a round",
+        ),
     }
     last: dict[Key, _Kind] = {
         ("backward", "down", "grad"): _HEAD_GRADIENT,
+        ("average", "down", "gradient"): _Kind(
+            name=f"{GRADIENT}: the mean over all parties, of heads and tails",
+            allows="learn something about the other parties' batches, the more the fewer parties there are",
+            uncovered="what can be told from a mean; with two parties each can subtract its own part",
+        ),
         (ANY, "up", HEADER): _HEADERS_UP,
         (ANY, "down", HEADER): _HEADERS_DOWN,
     }
