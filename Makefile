@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 CONFIG ?=
 SEEDS  ?= 0 1 2
 
-.PHONY: help setup run seeds test test-all check bench docs clean
+.PHONY: help setup run seeds test test-all check clean
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
