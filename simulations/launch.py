@@ -104,6 +104,8 @@ def _superlink() -> Iterator[tuple[dict[str, str], Path]]:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "RAY_DEDUP_LOGS": "0",
         "RAY_worker_niceness": "0",  # parties are no background work: the body waits for them
+        "OMP_WAIT_POLICY": "PASSIVE",  # more threads than cores: those that spin while they wait take others' time
+        "MALLOC_ARENA_MAX": "2",  # one arena per thread of the hub would keep a gigabyte that nobody uses
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
     }
