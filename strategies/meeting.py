@@ -46,7 +46,8 @@ def meet(
     ask = ConfigRecord({"spec": spec.to_json(), "want-arrays": want_arrays})
     asked = [Message(RecordDict({"config": ask}), dst_node_id=n, message_type=f"query.{HELLO}") for n in nodes]
     replies = sorted(grid.send_and_receive(asked, timeout=timeout_s), key=lambda reply: reply.metadata.src_node_id)
-    problems = [f"node {r.metadata.src_node_id}: {r.error.reason}" for r in replies if r.has_error()]
+    failed = [(r.metadata.src_node_id, " ".join((r.error.reason or "").split())) for r in replies if r.has_error()]
+    problems = [f"node {node}: {reason}" for node, reason in failed]
     silent = set(nodes) - {r.metadata.src_node_id for r in replies}
     problems += [f"node {node}: no answer within {timeout_s:g} s" for node in sorted(silent)]
     if problems:

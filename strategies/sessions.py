@@ -25,6 +25,7 @@ from vflair_flower.strategies.hub_settings import HubSettings
 
 _GRACE_S = 5.0
 """How long to wait for Flower's word on a party that the hub has seen go."""
+_REASON_CHARS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +238,10 @@ class RoundSession:
 
 
 def _reason(reply: Message) -> str:
-    return reply.error.reason or f"its handler failed with Flower's error code {reply.error.code}"
+    words = " ".join((reply.error.reason or "").split())
+    if len(words) > _REASON_CHARS:
+        words = words[:_REASON_CHARS] + " ..."
+    return words or f"its handler failed with Flower's error code {reply.error.code}"
 
 
 def _report_of_body(body: SegmentServer, seconds: float) -> RoundReport:
