@@ -167,7 +167,7 @@ def _final_status(environment: dict[str, str]) -> str:
         status = _status(environment)
         if status.startswith("finished"):
             return status
-        if status != "unknown":
+        if status not in ("unknown", "not started"):
             unknown_since = None
         elif unknown_since is None:
             unknown_since = time.monotonic()
@@ -179,7 +179,7 @@ def _final_status(environment: dict[str, str]) -> str:
 def _status(environment: dict[str, str]) -> str:
     """Return how Flower says that the run ended: ``finished:completed`` or something else."""
     listed = subprocess.run(
-        [_tool("flwr"), "list", str(ROOT), CONNECTION, "--format", "json"],
+        [_tool("flwr"), "list", CONNECTION, "--format", "json"],
         env=environment,
         capture_output=True,
         text=True,
