@@ -206,3 +206,19 @@ def test_names_without_blocks(head, tail, before, after):
     rows = observer_table(entries(), **{**HBT, "head_blocks": head, "tail_blocks": tail})
     assert one(rows, "model party", "smashed data").tensor.endswith(before)
     assert one(rows, "data party", "the body's answers").tensor.endswith(after)
+
+
+def test_averaged_gradients_are_read_by_the_aggregating_server_not_by_a_model_party_elsewhere():
+    flows = [
+        TrafficEntry(
+            party="a", peer="averager", direction=direction, operation="average", tensor="gradient", dtype="float32",
+            max_shape=(10,), messages=1, bytes=40,
+        )
+        for direction in ("up", "down")
+    ]  # fmt: skip
+    rows = observer_table(
+        flows, partition="HBT", num_blocks=6, head_blocks=1, tail_blocks=1, body_host="node", tls=True
+    )
+    told = {row.observer for row in rows if "trained parameters" in row.tensor}
+    assert told == {"aggregating server"}
+    assert not any(row.tensor.startswith("undescribed") for row in rows)

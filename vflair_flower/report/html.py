@@ -242,7 +242,7 @@ def _flows(result: Result) -> list[Flow]:
     return [
         Flow(
             up=key[0],
-            way=_way(up=key[0], relayed=key[1]),
+            way=_way(up=key[0], relayed=key[1], averaged=groups[key][0].operation == "average"),
             name=key[2],
             layout=_layout(groups[key]),
             messages=sum(entry.messages for entry in groups[key]),
@@ -253,10 +253,12 @@ def _flows(result: Result) -> list[Flow]:
     ]
 
 
-def _way(*, up: bool, relayed: bool) -> str:
+def _way(*, up: bool, relayed: bool, averaged: bool) -> str:
     """Name the leg; what goes to a node of its own is passed on by the hub, and crosses twice."""
     if relayed:
         return "passed on by the hub" if up else "back to the hub"
+    if averaged and up:
+        return "to the hub"
     return "to model party" if up else "to data party"
 
 

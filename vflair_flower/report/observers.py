@@ -164,7 +164,9 @@ def observer_table(
     for receiver, direction in ((MODEL_PARTY, "up"), (DATA_PARTY, "down")):
         for key, seen in by_key.items():
             if key[1] == direction:
-                rows.append(_tensor_row(receiver, key, seen, kinds, covers))
+                # What is averaged goes to the hub itself, whoever holds the body.
+                reader = AGGREGATING_SERVER if key[:2] == ("average", "up") else receiver
+                rows.append(_tensor_row(reader, key, seen, kinds, covers))
         if receiver == MODEL_PARTY:
             rows += _computed_rows(partition, by_key)
     rows += _hub_rows(body_host, tls=tls, seen=seen_in_sessions, known=parts if adapters else ())
