@@ -184,15 +184,16 @@ def _fail_in_round(monkeypatch, *, party, server_round):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": TaskSettings(label_names=("card", "money"))}, "3 classes and the job 2"),
+        ({"task": TaskSettings(label_names=("card", "money"))}, "a task head of 3 classes, and the job's data has 2"),
         ({"task": TaskSettings(label_names=("money", "card", "parcel"))}, "their order differs"),
     ],
 )
-def test_data_that_does_not_fit_is_refused_before_training(nodes, spec, change, message):
-    strategy = SplitLearning(spec=dataclasses.replace(spec, **change), aggregator=fedavg(), hub=PLANES["inproc"])
-    with strategy, pytest.raises(ConfigurationError, match=message):
-        strategy.start(InProcessGrid(app, nodes))
-    assert strategy.history == []
+def test_data_that_does_not_fit_is_refused_before_training(nodes, spec, change, message, monkeypatch):
+    trained = []
+    monkeypatch.setattr("vflair_flower.clients.data_party.train_round", lambda *_: trained.append(1))
+    with pytest.raises(ConfigurationError, match=message):
+        run(InProcessGrid(app, nodes), dataclasses.replace(spec, **change))
+    assert trained == []
 
 
 def test_cut_outside_the_model_is_refused_at_once(spec):
