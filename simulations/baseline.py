@@ -75,18 +75,13 @@ class JoinedOrder:
         return [start + i for start, order in pairs for i in order.indices(step)]
 
 
-def whole_segment(blocks: int) -> Segment:
-    """Return the segment that is the unsplit model."""
-    return Segment(blocks=tuple(range(blocks)), num_blocks=blocks, embedding=True, task_head=True)
-
-
 def train_unsplit(settings: JobSettings, spec: SplitSpec, data: TextDataset, *, final_split: str) -> Unsplit:
     """Train and evaluate the baseline; `final_split` names the rows of the final figure."""
     torch.set_num_threads(os.cpu_count() or 1)
     started = time.monotonic()
     source = resolve_model(spec.model, settings.base)
     blocks = num_blocks(load_config(source, spec.task))
-    loaded = load_segment(source, whole_segment(blocks), spec.task, seed=spec.seed)
+    loaded = load_segment(source, Segment.whole(blocks), spec.task, seed=spec.seed)
     model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
     tokenizer = load_tokenizer(source)
     pad, training = int(tokenizer.pad_token_id), spec.training

@@ -66,8 +66,7 @@ def footprint(source: ModelSource, spec: SplitSpec) -> Footprint:
     """
     config = load_config(source, spec.task)
     blocks = num_blocks(config)
-    whole = Segment(blocks=tuple(range(blocks)), num_blocks=blocks, embedding=True, task_head=True)
-    whole_share = _share(source, whole, spec)
+    whole_share = _share(source, Segment.whole(blocks), spec)
     rows, tokens = spec.training.batch_size, spec.training.max_tokens
     item = WIRE_DTYPES[spec.wire_dtype].itemsize
     hidden = rows * tokens * hidden_size(config) * item

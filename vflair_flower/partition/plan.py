@@ -41,6 +41,11 @@ class Segment:
     embedding: bool
     task_head: bool
 
+    @classmethod
+    def whole(cls, num_blocks: int) -> "Segment":
+        """Return the unsplit model of `num_blocks` blocks."""
+        return cls(blocks=tuple(range(num_blocks)), num_blocks=num_blocks, embedding=True, task_head=True)
+
     @property
     def gap(self) -> int | None:
         """Index of the first block that is not owned, or None for the whole model."""
