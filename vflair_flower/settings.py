@@ -7,10 +7,10 @@ import functools
 import math
 from collections.abc import Callable
 from enum import StrEnum
-from typing import Any, TypeVar, cast, dataclass_transform
+from typing import Any, Self, TypeVar, cast, dataclass_transform
 
 import torch
-from pydantic import ConfigDict, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from vflair_flower.errors import ConfigurationError
@@ -53,7 +53,24 @@ class TaskKind(StrEnum):
     """Which transformers task class every party builds."""
 
     SEQUENCE_CLASSIFICATION = "sequence-classification"
+    SEQUENCE_REGRESSION = "sequence-regression"
+    """One number per text: the class of sequence classification with one output and the squared error."""
+    QUESTION_ANSWERING = "question-answering"
+    """Extractive: where in the text the answer starts and where it ends."""
     CAUSAL_LM = "causal-lm"
+    MASKED_LM = "masked-lm"
+    SEQ2SEQ_LM = "seq2seq-lm"
+    IMAGE_TEXT_TO_TEXT = "image-text-to-text"
+
+    @property
+    def reads_whole_texts(self) -> bool:
+        """Whether there is one answer per text: of a class or a number."""
+        return self in (TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.SEQUENCE_REGRESSION)
+
+    @property
+    def writes(self) -> bool:
+        """Whether the model writes text."""
+        return self in (TaskKind.CAUSAL_LM, TaskKind.SEQ2SEQ_LM, TaskKind.IMAGE_TEXT_TO_TEXT)
 
 
 @settings
@@ -63,7 +80,7 @@ class TaskSettings:
     Parameters
     ----------
     kind : TaskKind
-        Sequence classification or causal language modelling.
+        What the model's task head answers.
     label_names : tuple[str, ...]
         Names of the classes, in order of their index; empty where the task has none.
     """
@@ -72,10 +89,16 @@ class TaskSettings:
     label_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind is TaskKind.SEQUENCE_CLASSIFICATION and len(self.label_names) < 2:
+        classifies = self.kind is TaskKind.SEQUENCE_CLASSIFICATION
+        if classifies and len(self.label_names) < 2:
             raise ConfigurationError(
                 f"label_names has {len(self.label_names)} entries; a classifier needs at least two classes. "
                 "Name every class of the data."
+            )
+        if not classifies and self.label_names:
+            raise ConfigurationError(
+                f"label_names has {len(self.label_names)} entries, but the task {self.kind.value!r} has no classes. "
+                "Leave them out, or set the task to 'sequence-classification'."
             )
         twice = sorted({name for name in self.label_names if self.label_names.count(name) > 1})
         if twice:
@@ -157,10 +180,11 @@ class OptimizerSettings:
         return self.learning_rate * max(0.0, (total_steps - step) / max(1.0, total_steps - warmup))
 
     def build(self, parameters: "list[torch.nn.Parameter]") -> torch.optim.Optimizer:
-        """Return a torch optimiser over `parameters`."""
+        """Return a torch optimiser over `parameters`, which may be none: a frozen segment has nothing to step."""
+        groups = [{"params": parameters}]
         if self.name == "sgd":
-            return torch.optim.SGD(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
-        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+            return torch.optim.SGD(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=self.weight_decay)
 
 
 @settings
@@ -212,6 +236,124 @@ class TrainingSettings:
         """Return the steps, counted over the whole job, that round `server_round` (from 1) takes."""
         total = self.total_steps(num_rows)
         return range(total * (server_round - 1) // self.rounds, total * server_round // self.rounds)
+
+
+@settings
+class GenerationSettings:
+    """The bounds of what is written with key-value caches at every party.
+
+    Parameters
+    ----------
+    max_rows : int
+        Rows at once: texts times beams or returned sequences.
+    max_length : int
+        Tokens per row, prompt and padding included.
+    max_caches : int
+        Caches per party that the model party keeps; the oldest goes first.
+    """
+
+    max_rows: int = 16
+    max_length: int = 512
+    max_caches: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_length", "max_caches"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; choose 1 or more.")
+
+
+@settings
+class DecodingSettings:
+    """How texts are written, by transformers' `generate`.
+
+    Parameters
+    ----------
+    max_new_tokens : int
+        Tokens per text, at most; a text ends earlier at the model's end token.
+    do_sample : bool
+        Draw each token instead of taking the most likely one.
+    temperature, top_p, top_k : float, float, int
+        How tokens are drawn; `top_p` 1 and `top_k` 0 leave none out.
+    num_beams : int
+        Texts that are followed at once and of which the most likely is kept; 1 is greedy, or plain sampling.
+    num_return_sequences : int
+        Texts per prompt.
+    seed : int
+        Of the draws.  The same seed and prompts give the same texts, where a party is a process of its own.
+    """
+
+    max_new_tokens: int = 64
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 50
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams", "num_return_sequences"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; choose 1 or more.")
+        if not 0.0 < self.temperature < math.inf:
+            raise ConfigurationError(
+                f"temperature is {self.temperature}; choose a number above 0, or do_sample=False for the most likely "
+                "token."
+            )
+        if not 0.0 < self.top_p <= 1.0:
+            raise ConfigurationError(f"top_p is {self.top_p}; choose 0 < top_p <= 1.")
+        if self.top_k < 0:
+            raise ConfigurationError(f"top_k is {self.top_k}; choose 0 (leaves none out) or more.")
+        if not -(2**63) <= self.seed < 2**63:
+            raise ConfigurationError(f"seed is {self.seed}; choose a number of at most 63 bits.")
+        if not self.do_sample and (self.temperature, self.top_p, self.top_k) != (1.0, 1.0, 50):
+            raise ConfigurationError(
+                f"temperature is {self.temperature}, top_p {self.top_p} and top_k {self.top_k}, but do_sample is "
+                "False, so nothing is drawn and they would mean nothing. Set do_sample=True, or leave them out."
+            )
+        most = self.num_beams if self.num_beams > 1 or not self.do_sample else self.num_return_sequences
+        if self.num_return_sequences > most:
+            raise ConfigurationError(
+                f"num_return_sequences is {self.num_return_sequences}, but {most} "
+                f"{'different text is' if most == 1 else 'beams are'} all there is. Set do_sample=True with one beam, "
+                "or num_beams at least as high."
+            )
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """Rows that a prompt takes in a batch."""
+        return max(self.num_beams, self.num_return_sequences)
+
+    def prompts_at_once(self, bounds: GenerationSettings) -> int:
+        """Return how many prompts fit into a batch; raise ConfigurationError if not even one, or its text, does."""
+        if self.rows_per_prompt > bounds.max_rows:
+            raise ConfigurationError(
+                f"a prompt takes {self.rows_per_prompt} rows (num_beams {self.num_beams}, num_return_sequences "
+                f"{self.num_return_sequences}), and the parties agreed on {bounds.max_rows} at once. Ask for fewer, or "
+                "raise max_rows in the job's generation settings."
+            )
+        if self.max_new_tokens >= bounds.max_length:
+            raise ConfigurationError(
+                f"max_new_tokens is {self.max_new_tokens}, and the parties agreed on rows of {bounds.max_length} "
+                "tokens, prompt included. Ask for fewer, or raise max_length in the job's generation settings."
+            )
+        return bounds.max_rows // self.rows_per_prompt
+
+    def to_json(self) -> str:
+        """Return the settings as JSON text."""
+        return TypeAdapter(type(self)).dump_json(self).decode()
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Return the settings that `to_json` wrote; raise ConfigurationError for anything else."""
+        try:
+            made: Self = TypeAdapter(cls).validate_json(text)
+        except ValidationError as error:
+            raise ConfigurationError(
+                f"the decoding settings do not fit this version: {in_words(error)} "
+                "All parties need the same version of vflair-flower."
+            ) from error
+        return made
 
 
 def one_of(name: str, value: str, known: tuple[str, ...]) -> None:

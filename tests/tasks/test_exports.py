@@ -11,7 +11,7 @@ import vflair_flower.tasks as tasks
 
 
 def test_exported_names_exist_are_sorted_and_documented() -> None:
-    assert list(tasks.__all__) == sorted(tasks.__all__)
+    assert list(tasks.__all__) == sorted(tasks.__all__, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
     exported = [getattr(tasks, name) for name in tasks.__all__]
     assert all(thing.__doc__ for thing in exported if inspect.isclass(thing) or inspect.isfunction(thing))
 

@@ -1,142 +1,93 @@
-"""From rows to batches: encode once, order by a pure function, pad per batch.
+"""From encoded rows to what a model's forward takes: padded tensors by the names of its arguments.
 
-It holds no iterator state: which rows are in step s follows from (seed, party, s), so a resumed run sees the same
-batches as one that was never stopped.
-
-B batch, T tokens.
-Invariant: every epoch visits every row exactly once.
+B batch, T tokens of the longest row, S tokens of the longest target of a sequence-to-sequence model.
+Invariant: padding is masked and labelled `IGNORED`, whatever token it is written with; no token is lost or moved
+relative to its label.
 """
 
-import hashlib
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from vflair_flower.errors import ConfigurationError, DataError
-from vflair_flower.tasks.dataset import Row
+from vflair_flower.tasks.encoded import (
+    IGNORED,
+    Encoded,
+    EncodedImageText,
+    EncodedPair,
+    EncodedRow,
+    EncodedText,
+    EncodedWindow,
+)
 
-logger = logging.getLogger(__name__)
-
-_GROUPED_BATCHES = 16
-
-
-@dataclass(frozen=True, slots=True)
-class EncodedRow:
-    """A row as token ids, not padded."""
-
-    input_ids: tuple[int, ...]
-    label: int
-    row_id: str
+Side = Literal["left", "right"]
+_EncodedT = TypeVar("_EncodedT", bound=Encoded)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
-    """What a model takes.
+    """What a model takes: ``model(**batch.inputs)``.
 
     Parameters
     ----------
-    input_ids : Tensor
-        [B, T] int64, padded.
-    attention_mask : Tensor
-        [B, T] int64, 1 where there is a token and 0 where there is padding.
-    labels : Tensor
-        [B] int64.
+    inputs : mapping of str to Tensor
+        `input_ids` and `attention_mask` [B, T] int64, the mask 1 where there is a token and 0 where there is padding;
+        `token_type_ids` [B, T] where the model has them; and what is asked: `labels` [B] int64 (classes), [B] float32
+        (numbers), [B, T] or [B, S] int64 (texts), or `start_positions` and `end_positions` [B] int64 (answers).
+    row_ids : tuple of str
+        Of the B rows.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
+    inputs: Mapping[str, Tensor]
+    row_ids: tuple[str, ...] = ()
 
+    @property
+    def input_ids(self) -> Tensor:
+        """[B, T] int64, padded."""
+        return self.inputs["input_ids"]
 
-def encode(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, *, max_tokens: int) -> list[EncodedRow]:
-    """Turn texts into token ids with the special tokens of the model, cut off after `max_tokens`.
+    @property
+    def attention_mask(self) -> Tensor:
+        """[B, T] int64, 1 where there is a token and 0 where there is padding."""
+        return self.inputs["attention_mask"]
 
-    Parameters
-    ----------
-    rows : sequence of Row
-        What to encode.
-    tokenizer : PreTrainedTokenizerBase
-        The tokenizer of the model.
-    max_tokens : int
-        The longest sequence, special tokens included.
+    @property
+    def labels(self) -> Tensor:
+        """The labels; a batch of questions and contexts has none.
 
-    Returns
-    -------
-    list of EncodedRow
-        In the order of `rows`.
-
-    Raises
-    ------
-    ConfigurationError
-        `max_tokens` leaves no room for a text.
-    DataError
-        A text has no tokens.
-    """
-    special = tokenizer.num_special_tokens_to_add()
-    if max_tokens <= special:
-        raise ConfigurationError(
-            f"max_tokens is {max_tokens}, but this tokenizer adds {special} special tokens, so no text would be left. "
-            f"Choose more than {special}."
-        )
-    if not rows:
-        return []
-    ids = tokenizer([row.text for row in rows], truncation=True, max_length=max_tokens, padding=False)["input_ids"]
-    encoded = [
-        EncodedRow(input_ids=tuple(token_ids), label=row.label, row_id=row.id)
-        for row, token_ids in zip(rows, ids, strict=True)
-    ]
-    for row, encoded_row in zip(rows, encoded, strict=True):
-        if not encoded_row.input_ids:
+        Raises
+        ------
+        DataError
+            The batch has start and end positions instead.
+        """
+        if "labels" not in self.inputs:
             raise DataError(
-                f"Row {row.id!r} has the text {ascii(row.text)[:60]}, in which this tokenizer finds no token, so there "
-                "is nothing to read. Remove the row."
+                f"This batch asks for {', '.join(sorted(self.inputs))} and has no labels. Pass `inputs` to the model."
             )
-    return encoded
-
-
-def padding_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id to pad with: the pad token, or the end-of-sequence token of models that have none.
-
-    Raises
-    ------
-    ConfigurationError
-        The tokenizer has neither.
-    """
-    if tokenizer.pad_token_id is not None:
-        return int(tokenizer.pad_token_id)
-    if tokenizer.eos_token_id is not None:
-        logger.info("the tokenizer has no pad token; its eos token %r stands in for it", tokenizer.eos_token)
-        return int(tokenizer.eos_token_id)
-    raise ConfigurationError(
-        f"{type(tokenizer).__name__} has neither a pad nor an eos token, so texts of different lengths cannot share a "
-        "batch. Set tokenizer.pad_token."
-    )
+        return self.inputs["labels"]
 
 
 def collate(
-    encoded: Sequence[EncodedRow],
+    encoded: Sequence[Encoded],
     *,
     pad_token_id: int,
-    padding_side: Literal["left", "right"] = "right",
+    padding_side: Side = "right",
     pad_to_multiple_of: int | None = None,
 ) -> Batch:
     """Pad rows to the longest of them.
 
     Parameters
     ----------
-    encoded : sequence of EncodedRow
-        The B rows of the batch; at least one.
+    encoded : sequence of Encoded
+        The B rows of the batch; at least one, all of one kind.
     pad_token_id : int
         See `padding_token_id`.
     padding_side : {"right", "left"}
-        Where the padding goes; ``"left"`` for models that read the last token.
+        Where the padding goes; ``"left"`` for models that go on from the last token.  Targets of
+        sequence-to-sequence models are padded on the right in any case, since a decoder starts at the first.
     pad_to_multiple_of : int, optional
         Make T a multiple of this, for hardware that likes it.
 
@@ -148,7 +99,7 @@ def collate(
     Raises
     ------
     DataError
-        There are no rows.
+        There are no rows, or rows of several kinds.
     ConfigurationError
         A setting is out of range.
 
@@ -167,117 +118,70 @@ def collate(
         raise ConfigurationError(f"pad_to_multiple_of is {pad_to_multiple_of}. Choose at least 1, or None.")
     longest = max(len(row.input_ids) for row in encoded)
     num_tokens = -(-longest // multiple) * multiple
-    input_ids_BT = torch.full((len(encoded), num_tokens), pad_token_id, dtype=torch.int64)
-    attention_mask_BT = torch.zeros_like(input_ids_BT)
-    for index, row in enumerate(encoded):
-        length = len(row.input_ids)
-        place = slice(0, length) if padding_side == "right" else slice(num_tokens - length, num_tokens)
-        input_ids_BT[index, place] = torch.tensor(row.input_ids, dtype=torch.int64)
-        attention_mask_BT[index, place] = 1
-    labels_B = torch.tensor([row.label for row in encoded], dtype=torch.int64)
-    return Batch(input_ids=input_ids_BT, attention_mask=attention_mask_BT, labels=labels_B)
+    ids = [row.input_ids for row in encoded]
+    inputs = {
+        "input_ids": _padded(ids, num_tokens, padding_side, pad_token_id),
+        "attention_mask": _padded([(1,) * len(row) for row in ids], num_tokens, padding_side, 0),
+    }
+    types = [row.token_type_ids for row in encoded if isinstance(row, EncodedRow | EncodedWindow)]
+    if any(types):
+        filled = [row or (0,) * len(row_ids) for row, row_ids in zip(types, ids, strict=True)]
+        inputs["token_type_ids"] = _padded(filled, num_tokens, padding_side, 0)
+    return Batch(inputs=inputs | _asked(encoded, num_tokens, padding_side), row_ids=tuple(r.row_id for r in encoded))
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchOrder:
-    """Which rows are in which step, without end: each epoch is a new permutation, its last batch may be smaller.
+def unpadded(values_BT: Tensor, attention_mask_BT: Tensor) -> list[Tensor]:
+    """Return, for each row, what stands at its tokens, whichever side was padded.
 
     Parameters
     ----------
-    num_rows : int
-        How many rows the party has.
-    batch_size : int
-        Rows per step.
-    seed : int
-        The run's seed.
-    party : str
-        Name of the party, so that parties do not walk in step.
-    lengths : tuple of int
-        Tokens of each row, to group rows of like length; empty does not.  Batches of like length need little padding,
-        and on short texts of mixed length half of the arithmetic is padding.  Grouping is within `_GROUPED_BATCHES`
-        batches of the epoch's permutation, and whole batches are shuffled again.
-
-    Raises
-    ------
-    ConfigurationError
-        A value is out of its range.
-
-    Examples
-    --------
-    >>> order = BatchOrder(num_rows=5, batch_size=2, seed=1, party="north")
-    >>> order.steps_per_epoch, sorted(order.indices(0) + order.indices(1) + order.indices(2))
-    (3, [0, 1, 2, 3, 4])
+    values_BT : Tensor
+        [B, T, ...], such as start logits.
+    attention_mask_BT : Tensor
+        [B, T], of the batch.
     """
+    return [values[mask.bool()] for values, mask in zip(values_BT, attention_mask_BT, strict=True)]
 
-    num_rows: int
-    batch_size: int
-    seed: int
-    party: str
-    lengths: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        for setting, value, least in (
-            ("num_rows", self.num_rows, 1),
-            ("batch_size", self.batch_size, 1),
-            ("seed", self.seed, 0),
-        ):
-            if value < least:
-                raise ConfigurationError(
-                    f"{setting} is {value} for party {self.party!r}, so there would be no batches. "
-                    f"Choose at least {least}."
-                )
+def _asked(encoded: Sequence[Encoded], num_tokens: int, side: Side) -> dict[str, Tensor]:
+    first = encoded[0]
+    if isinstance(first, EncodedRow):
+        answers = [row.label for row in _all_of(EncodedRow, encoded)]
+        numbers = any(isinstance(answer, float) for answer in answers)
+        return {"labels": torch.tensor(answers, dtype=torch.float32 if numbers else torch.int64)}
+    if isinstance(first, EncodedWindow):
+        windows = _all_of(EncodedWindow, encoded)
+        shifts = [num_tokens - len(row.input_ids) if side == "left" else 0 for row in windows]
+        return {
+            "start_positions": torch.tensor([r.start_position + n for r, n in zip(windows, shifts, strict=True)]),
+            "end_positions": torch.tensor([r.end_position + n for r, n in zip(windows, shifts, strict=True)]),
+        }
+    if isinstance(first, EncodedPair):
+        targets = [row.labels for row in _all_of(EncodedPair, encoded)]
+        return {"labels": _padded(targets, max(map(len, targets)), "right", IGNORED)}
+    if isinstance(first, EncodedText):
+        texts = _all_of(EncodedText, encoded)
+        return {"labels": _padded([row.labels for row in texts], num_tokens, side, IGNORED)}
+    pictured = _all_of(EncodedImageText, encoded)
+    features = {name: torch.cat([row.features[name] for row in pictured]) for name in first.features}
+    return {"labels": _padded([row.labels for row in pictured], num_tokens, side, IGNORED)} | features
 
-        if self.lengths and len(self.lengths) != self.num_rows:
-            raise ConfigurationError(
-                f"there are {len(self.lengths)} lengths for {self.num_rows} rows of party {self.party!r}. "
-                "Give one length per row, or none."
+
+def _all_of(kind: type[_EncodedT], encoded: Sequence[Encoded]) -> list[_EncodedT]:
+    rows: list[_EncodedT] = []
+    for row in encoded:
+        if not isinstance(row, kind):
+            raise DataError(
+                f"A batch starts with a {kind.__name__} and row {row.row_id!r} is a {type(row).__name__}; one forward "
+                "pass cannot answer both. Make batches of one kind."
             )
+        rows.append(row)
+    return rows
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """How many steps visit every row once."""
-        return -(-self.num_rows // self.batch_size)
 
-    def epoch(self, step: int) -> int:
-        """Return the epoch that global step `step` belongs to; both count from 0."""
-        if step < 0:
-            raise ConfigurationError(f"step is {step}, but steps count from 0. Pass the global step.")
-        return step // self.steps_per_epoch
-
-    def indices(self, step: int) -> list[int]:
-        """Return the rows of global step `step`, a pure function of (seed, party, step) and the sizes.
-
-        Parameters
-        ----------
-        step : int
-            Counted from 0 over the whole run, not per round or epoch.
-
-        Returns
-        -------
-        list of int
-            Between 1 and `batch_size` places of rows.
-
-        Raises
-        ------
-        ConfigurationError
-            `step` is negative.
-        """
-        epoch = self.epoch(step)
-        # Python's own hash() of a string differs from process to process.
-        party = int.from_bytes(hashlib.sha256(self.party.encode()).digest()[:16], "big")
-        generator = np.random.Generator(np.random.PCG64([self.seed, epoch, party]))
-        permutation = generator.permutation(self.num_rows)
-        if self.lengths:
-            permutation = self._grouped(permutation, generator)
-        start = (step % self.steps_per_epoch) * self.batch_size
-        return [int(place) for place in permutation[start : start + self.batch_size]]
-
-    def _grouped(self, permutation: npt.NDArray[np.int64], generator: np.random.Generator) -> npt.NDArray[np.int64]:
-        """Sort stretches of the permutation by length, then shuffle whole batches; a smaller one stays last."""
-        lengths = np.asarray(self.lengths)
-        stretch = _GROUPED_BATCHES * self.batch_size
-        parts = [permutation[i : i + stretch] for i in range(0, self.num_rows, stretch)]
-        grouped = np.concatenate([part[np.argsort(lengths[part], kind="stable")] for part in parts])
-        full = self.num_rows // self.batch_size
-        batches = grouped[: full * self.batch_size].reshape(full, self.batch_size)
-        return np.concatenate([batches[generator.permutation(full)].reshape(-1), grouped[full * self.batch_size :]])
+def _padded(rows: Sequence[tuple[int, ...]], num_tokens: int, side: Side, filler: int) -> Tensor:
+    padded = torch.full((len(rows), num_tokens), filler, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        place = slice(0, len(row)) if side == "right" else slice(num_tokens - len(row), num_tokens)
+        padded[index, place] = torch.tensor(row, dtype=torch.int64)
+    return padded

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from vflair_flower.errors import ConfigurationError, DataError
-from vflair_flower.tasks.dataset import Row
+from vflair_flower.tasks.examples import ExampleT, Row
 
 if TYPE_CHECKING:
     from flwr_datasets.partitioner import Partitioner
@@ -70,13 +70,13 @@ class DealSettings:
             raise ConfigurationError(f"seed is {self.seed}. Choose 0 <= seed < 2**32.")
 
 
-def deal(rows: Sequence[Row], num_parties: int, settings: DealSettings) -> list[tuple[Row, ...]]:
+def deal(rows: Sequence[ExampleT], num_parties: int, settings: DealSettings) -> list[tuple[ExampleT, ...]]:
     """Deal `rows` to `num_parties` parties.
 
     Parameters
     ----------
-    rows : sequence of Row
-        All rows, for instance the train split.
+    rows : sequence of examples
+        All rows, for instance the train split; of any task, but only those of a classification have a label to skew.
     num_parties : int
         How many parties.
     settings : DealSettings
@@ -84,13 +84,13 @@ def deal(rows: Sequence[Row], num_parties: int, settings: DealSettings) -> list[
 
     Returns
     -------
-    list of tuple of Row
+    list of tuple of examples
         The rows of each party, in shuffled order.
 
     Raises
     ------
     DataError
-        Some party would get fewer than ``settings.min_rows`` rows.
+        Some party would get fewer than ``settings.min_rows`` rows, or labels should be skewed and there are none.
     ConfigurationError
         `num_parties` is below 1, or flwr-datasets is not installed.
     """
@@ -124,7 +124,8 @@ def deal(rows: Sequence[Row], num_parties: int, settings: DealSettings) -> list[
         )
     # Of these, only the Dirichlet partitioner shuffles: the others cut what they get into contiguous parts.
     order = np.random.default_rng(settings.seed).permutation(len(rows)).tolist()
-    partitioner.dataset = Dataset.from_dict({"place": order, "label": [rows[place].label for place in order]})
+    labels = _labels(rows) if settings.kind == "label-skew" else [0] * len(rows)
+    partitioner.dataset = Dataset.from_dict({"place": order, "label": [labels[place] for place in order]})
     places = _places(partitioner, num_parties, settings)
     smallest = min(range(num_parties), key=lambda party: len(places[party]))
     if len(places[smallest]) < settings.min_rows:
@@ -135,6 +136,18 @@ def deal(rows: Sequence[Row], num_parties: int, settings: DealSettings) -> list[
         )
     assert sorted(place for party in places for place in party) == list(range(len(rows)))
     return [tuple(rows[place] for place in party) for party in places]
+
+
+def _labels(rows: Sequence[ExampleT]) -> list[int]:
+    labels: list[int] = []
+    for row in rows:
+        if not isinstance(row, Row):
+            raise DataError(
+                f"kind is 'label-skew', but row {row.id!r} is a {type(row).__name__} and has no label to skew by. "
+                "Choose 'iid' or 'quantity-skew'."
+            )
+        labels.append(row.label)
+    return labels
 
 
 def _places(partitioner: "Partitioner", num_parties: int, settings: DealSettings) -> list[list[int]]:

@@ -132,3 +132,46 @@ def _carved(train: Sequence[RawRow], hub_id: str) -> tuple[list[RawRow], list[Ra
         len(train),
     )
     return [row for row in train if row.id not in held_out], [row for row in train if row.id in held_out]
+
+
+def open_part(hub_id: str, config: str, part: str, *, raw_images: bool = False) -> "Dataset":
+    """Open one part of a data set on the hub, such as ``"validation_matched"``.
+
+    Parameters
+    ----------
+    hub_id, config : str
+        The set and its configuration; empty if it has one only.
+    part : str
+        The hub's own name of a split.
+    raw_images : bool
+        Leave images as the files they are, not decoded.
+
+    Raises
+    ------
+    ConfigurationError
+        The `datasets` library is not installed.
+    DataError
+        The hub cannot be reached, or does not have it.
+    """
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigurationError(
+            f"Reading {hub_id!r} from the hub needs the library 'datasets', which is not installed. "
+            "Run pip install 'vflair-flower[simulation]', or name a folder with the rows as the source."
+        ) from error
+    try:
+        rows: Dataset = datasets.load_dataset(hub_id, config or None, split=part)
+    except OSError as error:  # ConnectionError and OfflineModeIsEnabled among them
+        raise DataError(
+            f"No hub could be reached to read {part!r} of {hub_id!r} ({error}). Connect to the network, or name a "
+            "folder with train.jsonl and so on, of the same columns, as the source."
+        ) from error
+    except (ValueError, RuntimeError) as error:
+        raise DataError(
+            f"The part {part!r} of {hub_id!r} on the hub cannot be read ({error}). Name a folder with the rows as "
+            "the source."
+        ) from error
+    if raw_images and "image" in rows.column_names:
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    return rows

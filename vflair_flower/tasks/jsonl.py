@@ -48,12 +48,23 @@ def load_folder(folder: Path, *, text_column: str, label_column: str) -> TextDat
     return TextDataset(name=folder.name, source=str(folder), label_names=label_names, splits=splits)
 
 
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, object]]]:
+    """Yield the number, from 1, and the JSON object of every line of a file.
+
+    Raises
+    ------
+    DataError
+        With file and line: a line is not one JSON object in utf-8, or the file is empty.
+    """
+    for number, line in _lines(path):
+        yield number, _parsed(line, f"{path}:{number}")
+
+
 def _read_split(path: Path, split: str, *, text_column: str, label_column: str) -> list[RawRow]:
     rows: list[RawRow] = []
     first_seen: dict[str, str] = {}
-    for number, line in _lines(path):
+    for number, record in read_records(path):
         where = f"{path}:{number}"
-        record = _parsed(line, where)
         for column in (text_column, label_column):
             if column not in record:
                 has = ", ".join(map(repr, list(record)[:8])) or "none"

@@ -129,15 +129,68 @@ def bootstrap_interval(
     return _percentile_bootstrap(right.astype(np.float64), confidence=confidence, seed=seed, resamples=resamples)
 
 
-def paired_bootstrap_difference(
-    correct_a: Sequence[bool], correct_b: Sequence[bool], *, confidence: float = 0.95, seed: int, resamples: int = 2000
-) -> Interval:
-    """Return accuracy a minus accuracy b on the same test rows, with a paired percentile bootstrap interval.
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95, seed: int, resamples: int = 2000) -> Interval:
+    """Return the mean of values in 0..1, one per test row, with a percentile bootstrap interval.
 
     Parameters
     ----------
-    correct_a, correct_b : sequence of bool
-        Per test row, whether each model's answer was right; in the same order of rows.
+    values : sequence of float
+        Such as the overlap of each answer with its reference.
+    confidence, seed, resamples
+        As for `bootstrap_interval`.
+
+    Returns
+    -------
+    Interval
+        By Clopper and Pearson if all values are 0 or all are 1, and by Hoeffding if all are another value.
+
+    Raises
+    ------
+    DataError
+        There are no values, one is outside of 0..1, or a setting is out of range.
+
+    Examples
+    --------
+    >>> found = mean_interval([0.5] * 8, seed=0)
+    >>> found.estimate, round(found.low, 2), found.method
+    (0.5, 0.02, 'Hoeffding (all rows equal)')
+    """
+    shares = np.asarray(values, dtype=np.float64)
+    if shares.ndim != 1 or shares.size == 0 or not ((shares >= 0) & (shares <= 1)).all():
+        raise DataError(
+            f"There are {shares.size} values, of which {list(values)[:3]} are the first; a mean of shares needs one or "
+            "more, all in 0..1. Pass one value per test row."
+        )
+    if np.isin(shares, (0, 1)).all():
+        return bootstrap_interval([bool(v) for v in shares], confidence=confidence, seed=seed, resamples=resamples)
+    if (shares == shares[0]).all():
+        _check_confidence(confidence)
+        width = math.sqrt(math.log(2 / (1 - confidence)) / (2 * shares.size))
+        mean = float(shares[0])
+        return Interval(
+            estimate=mean,
+            low=max(0.0, mean - width),
+            high=min(1.0, mean + width),
+            confidence=confidence,
+            method="Hoeffding (all rows equal)",
+        )
+    return _percentile_bootstrap(shares, confidence=confidence, seed=seed, resamples=resamples)
+
+
+def paired_bootstrap_difference(
+    correct_a: Sequence[float],
+    correct_b: Sequence[float],
+    *,
+    confidence: float = 0.95,
+    seed: int,
+    resamples: int = 2000,
+) -> Interval:
+    """Return mean a minus mean b on the same test rows, with a paired percentile bootstrap interval.
+
+    Parameters
+    ----------
+    correct_a, correct_b : sequence of bool or float
+        Per test row, whether each model's answer was right, or its figure in 0..1; in the same order of rows.
     confidence : float
         Between 0 and 1.
     seed : int
@@ -156,7 +209,7 @@ def paired_bootstrap_difference(
         There are no rows, not as many of each, or a setting is out of range.
     """
     _check_pairs(len(correct_a), len(correct_b), "answers of a", "answers of b")
-    difference = _as_bools(correct_a, "correct_a").astype(np.float64) - _as_bools(correct_b, "correct_b")
+    difference = _as_shares(correct_a, "correct_a") - _as_shares(correct_b, "correct_b")
     always = float(difference[0])
     if not np.all(difference == always):
         return _percentile_bootstrap(difference, confidence=confidence, seed=seed, resamples=resamples)
@@ -241,6 +294,16 @@ def _exact_bounds(successes: int, trials: int, confidence: float) -> tuple[float
     _check_confidence(confidence)
     found = stats.binomtest(successes, trials).proportion_ci(confidence_level=confidence, method="exact")
     return float(found.low), float(found.high)
+
+
+def _as_shares(values: Sequence[float], name: str) -> npt.NDArray[np.float64]:
+    shares = np.asarray(values, dtype=np.float64)
+    if shares.ndim != 1 or not ((shares >= 0) & (shares <= 1)).all():
+        raise DataError(
+            f"{name} has shape {shares.shape} and the values {list(values)[:3]}...; it must be one bool, or one number "
+            "in 0..1, per test row. Pass predictions == labels, or each row's figure."
+        )
+    return shares
 
 
 def _as_bools(correct: Sequence[bool], name: str) -> npt.NDArray[np.bool_]:
