@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 CONFIG ?=
 SEEDS  ?= 0 1 2
 
-.PHONY: help setup run seeds test test-all check clean
+.PHONY: help setup run seeds test test-all check families clean
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -33,6 +33,10 @@ check: setup ## Style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+families: setup ## Certify every model family; the matrix goes into docs/families.md
+	@$(BIN)/vflair verify --all --markdown > .families
+	@sed -i '/^| family |/,$$d' docs/families.md && cat .families >> docs/families.md && rm .families
 
 clean: ## Remove the virtual environment, caches and this project's own Flower home
 	rm -rf $(VENV) .flwr .mypy_cache .ruff_cache .pytest_cache build *.egg-info

@@ -1,8 +1,18 @@
 """Flower's client side of split learning: parties ready to use, and a way into sessions for one's own code."""
 
 from vflair_flower.clients.data_party import DataParty, PartyRows
+from vflair_flower.clients.generation import TextGeneration
 from vflair_flower.clients.model_party import ModelParty
 from vflair_flower.clients.naming import party_name, role_of
 from vflair_flower.clients.session import PartySession, split_session
 
-__all__ = ["DataParty", "ModelParty", "PartyRows", "PartySession", "party_name", "role_of", "split_session"]
+__all__ = [
+    "DataParty",
+    "ModelParty",
+    "PartyRows",
+    "PartySession",
+    "TextGeneration",
+    "party_name",
+    "role_of",
+    "split_session",
+]

@@ -15,6 +15,7 @@ import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from vflair_flower.certificate import load_admitted_config
 from vflair_flower.clients.naming import party_name
 from vflair_flower.clients.session import connect_to
 from vflair_flower.clients.store import PartyStore
@@ -29,7 +30,7 @@ from vflair_flower.control import (
     package_versions,
 )
 from vflair_flower.memory import process_peak_bytes
-from vflair_flower.partition import ModelSource, Segment, load_config, load_segment, resolve_model
+from vflair_flower.partition import ModelSource, Segment, load_segment, resolve_model
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import BodyMode, SegmentServer, parameter_counts
 from vflair_flower.spec import SplitSpec
@@ -121,4 +122,4 @@ class ModelParty:
     def _segment(self, spec: SplitSpec, context: Context) -> tuple[ModelSource, Segment]:
         base_dir = self._base_dir(context) if callable(self._base_dir) else self._base_dir
         source = resolve_model(str(context.node_config.get("model-path", spec.model)), base_dir)
-        return source, spec.plan.model_party(num_blocks(load_config(source, spec.task)))
+        return source, spec.plan.model_party(num_blocks(load_admitted_config(source, spec.task)))

@@ -23,16 +23,18 @@ from flwr.serverapp.strategy import Result, Strategy
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vflair_flower.control import KEY, MODEL_PARTY_ROLE, SERVE, PartyCard, RoundReport
+from vflair_flower.certificate import load_admitted_config
+from vflair_flower.control import GENERATE, KEY, MODEL_PARTY_ROLE, SERVE, PartyCard, RoundReport
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.partition import load_config, load_segment, resolve_model, save_merged_adapter
+from vflair_flower.partition import load_segment, refuse_trained_copies, resolve_model, save_merged_adapter
 from vflair_flower.partition.footprint import footprint
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import MODEL_PARTY, BodyMode, SegmentServer, agreement_for
 from vflair_flower.session import Ledger
-from vflair_flower.settings import one_of
+from vflair_flower.settings import DecodingSettings, one_of
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from vflair_flower.strategies.generation import GenerationCounts, check_generation, counts_of
 from vflair_flower.strategies.grid import SessionGrid
 from vflair_flower.strategies.hub_settings import HubSettings
 from vflair_flower.strategies.meeting import meet
@@ -132,9 +134,10 @@ class SplitLearning(Strategy):
         self._resume = resume
         self._hello_deadline_s = hello_deadline_s
         source = resolve_model(spec.model, base_dir)
-        self.config = load_config(source, spec.task)
+        self.config = load_admitted_config(source, spec.task)
         """The model's configuration."""
         segment = spec.plan.model_party(num_blocks(self.config))
+        refuse_trained_copies(self.config, spec.plan, spec.task, spec.tuning)
         trained = footprint(source, spec).data_party.trained if spec.averaging == "step" else 0
         hub_settings = hub or HubSettings()
         self._hub = hub_settings.build()
@@ -212,20 +215,7 @@ class SplitLearning(Strategy):
         """
         self._hub.start()
         watching = self._watch(grid)
-        checkpoint = None
-        if self._resume:
-            assert self._checkpoint_dir is not None
-            checkpoint = load_checkpoint(self._checkpoint_dir, spec=self.spec.to_json())
-        self.cards, drawn = meet(
-            watching.inner,
-            self.spec,
-            want_arrays=initial_arrays is None and checkpoint is None,
-            body_here=self._body is not None,
-            timeout_s=self._hello_deadline_s,
-        )
-        self.arrays = drawn if initial_arrays is None else initial_arrays
-        if checkpoint is not None:
-            self._restore(checkpoint)
+        self._meet(watching, initial_arrays)
         rounds = self.spec.training.rounds if num_rounds is None else num_rounds
         return super().start(
             watching,
@@ -252,10 +242,50 @@ class SplitLearning(Strategy):
             Seconds.
         """
         watching = self._watch(grid)
-        server_round = self._first_round if not self.history else self.history[-1].server_round
+        server_round = self._newest_round
         messages = self._configure("evaluate", server_round, self.arrays, config or ConfigRecord(), watching)
         outcome = self._close(watching.send_and_receive(messages, timeout=timeout))
         return self.aggregator.aggregate_evaluate(server_round, outcome.replies), outcome.reports
+
+    def generate(
+        self, grid: Grid, decoding: DecodingSettings | None = None, *, timeout: float = 3600
+    ) -> list[GenerationCounts]:
+        """Have every data party write texts for its own prompts with the newest arrays; prompts and texts stay there.
+
+        Parameters
+        ----------
+        grid : flwr.serverapp.Grid
+            Flower's.
+        decoding : DecodingSettings, optional
+            How; greedy by default.
+        timeout : float
+            Seconds.
+
+        Returns
+        -------
+        list[GenerationCounts]
+            By party; parties that were lost are missing, unless `on_party_lost` is ``"stop"``.
+
+        Raises
+        ------
+        ConfigurationError
+            If the job writes no texts, or not so many or so long ones.
+        PartyLostError
+            As in `start`.
+        """
+        decoding = decoding or DecodingSettings()
+        check_generation(self.spec, decoding)
+        self._hub.start()
+        watching = self._watch(grid)
+        if not self.cards:
+            self._meet(watching, None)
+        content = RecordDict({"arrays": self.arrays, "config": ConfigRecord({"decoding": decoding.to_json()})})
+        asked = [
+            Message(content, dst_node_id=node, message_type=f"query.{GENERATE}") for node in self._data_nodes() or ()
+        ]
+        opened, messages = self._invite(asked, self._newest_round, training=False)
+        outcome = self._close(watching.send_and_receive(messages, timeout=timeout))
+        return counts_of(outcome.replies, opened.nodes, opened.session.ledger)
 
     def body_state(self) -> dict[str, Tensor] | None:
         """Return the body's trained state by global name; None if a node holds it and does not share it."""
@@ -336,8 +366,10 @@ class SplitLearning(Strategy):
     ) -> list[Message]:
         ask = self.aggregator.configure_train if kind == "train" else self.aggregator.configure_evaluate
         asked = list(ask(server_round, arrays, config, grid))
-        if not asked:
-            return []
+        return self._invite(asked, server_round, training=kind == "train")[1] if asked else []
+
+    def _invite(self, asked: list[Message], server_round: int, *, training: bool) -> tuple[RoundSession, list[Message]]:
+        """Open a session, and put the way into it into each message; adds the model party's, if a node is it."""
         nodes = {m.metadata.dst_node_id: self._card(m.metadata.dst_node_id).party for m in asked}
         model_node = self._model_node()
         if model_node is not None:
@@ -348,7 +380,7 @@ class SplitLearning(Strategy):
             body=self._body,
             nodes=nodes,
             server_round=server_round,
-            training=kind == "train",
+            training=training,
         )
         messages = []
         for message in asked:
@@ -360,7 +392,11 @@ class SplitLearning(Strategy):
             messages.append(Message(content, dst_node_id=model_node, message_type=f"train.{SERVE}"))
         for message in messages:
             self._count(message)
-        return messages
+        return opened, messages
+
+    @property
+    def _newest_round(self) -> int:
+        return self.history[-1].server_round if self.history else self._first_round
 
     def _close(self, replies: Iterable[Message]) -> Outcome:
         opened, self._open = self._open, None
@@ -378,6 +414,23 @@ class SplitLearning(Strategy):
             self.control_bytes += sum(record.count_bytes() for record in message.content.values())
 
     # ---- parties ----
+
+    def _meet(self, watching: SessionGrid, initial_arrays: ArrayRecord | None) -> None:
+        """Ask all nodes who they are, and begin with given, drawn or saved arrays."""
+        checkpoint = None
+        if self._resume:
+            assert self._checkpoint_dir is not None
+            checkpoint = load_checkpoint(self._checkpoint_dir, spec=self.spec.to_json())
+        self.cards, drawn = meet(
+            watching.inner,
+            self.spec,
+            want_arrays=initial_arrays is None and checkpoint is None,
+            body_here=self._body is not None,
+            timeout_s=self._hello_deadline_s,
+        )
+        self.arrays = drawn if initial_arrays is None else initial_arrays
+        if checkpoint is not None:
+            self._restore(checkpoint)
 
     def _watch(self, grid: Grid) -> SessionGrid:
         return SessionGrid(

@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition.plan import PartitionPlan
 from vflair_flower.settings import (
+    GenerationSettings,
     LoraSettings,
     OptimizerSettings,
     TaskSettings,
@@ -33,7 +34,7 @@ class SplitSpec:
         A local folder, a hub id, or ``"minilm-l6"``; every party resolves it on its own machine.
     plan : PartitionPlan
         The cut.
-    task, optimizer, training
+    task, optimizer, training, generation
         See their classes.
     tuning : LoraSettings or None
         LoRA on every segment, or None to train all parameters.
@@ -53,6 +54,7 @@ class SplitSpec:
     tuning: LoraSettings | None = LoraSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings = TrainingSettings()
+    generation: GenerationSettings = GenerationSettings()
     wire_dtype: str = "float32"
     averaging: str = "round"
     seed: int = 0

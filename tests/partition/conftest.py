@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -13,6 +16,7 @@ from transformers import (
     GPT2Config,
     LlamaConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
 )
 
 from vflair_flower.partition import ModelSource
@@ -52,3 +56,14 @@ def save_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, 
         return ModelSource(name=folder.name, location=str(folder))
 
     return save
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path: Path) -> Path:
+    """A folder with the files of a tiny tokenizer of whole words, which has a pad token and no end token."""
+    words = {word: index for index, word in enumerate(("<pad>", "<unk>", "flower", "power"))}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    folder = tmp_path / "tokenizer"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    return folder

@@ -209,19 +209,49 @@ def test_language_model_head_is_never_made_up(save_checkpoint: Callable[..., Mod
     load_segment(source, HBT.model_party(4), WRITE)
 
 
-@pytest.mark.parametrize("damage", ["bytes", "absent", "empty"])
-def test_damaged_files_are_a_model_error(
-    damage: str, save_checkpoint: Callable[..., ModelSource], tmp_path: Path
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("bytes", r"the file '{name}' \(26 bytes\) is damaged .*Copy that file again"),
+        ("short", r"the file '{name}' .* is damaged or was not copied to its end"),
+        ("absent", r"lists \d+ shards, of which 1 are missing, the first is '{name}'.*Copy the missing shards"),
+        ("empty", r"the file '{name}' \(0 bytes\) is damaged"),
+    ],
+)
+def test_damaged_files_are_named(
+    damage: str, said: str, save_checkpoint: Callable[..., ModelSource], tmp_path: Path
 ) -> None:
     folder = tmp_path / "damaged"
     shutil.copytree(save_checkpoint("llama", "writer").location, folder)
     file = folder / index_of(folder)["model.layers.0.self_attn.q_proj.weight"]
-    if damage == "absent":
-        file.unlink()
-    else:
-        file.write_bytes(b"" if damage == "empty" else b"no safetensors file at all")
-    with pytest.raises(ModelError, match="could not be read"):
+    left = {"bytes": b"no safetensors file at all", "short": file.read_bytes()[:-1], "empty": b""}
+    file.unlink()
+    if damage in left:
+        file.write_bytes(left[damage])
+    with pytest.raises(ModelError, match=f"could not be read: .*{said.format(name=file.name)}"):
         load_segment(ModelSource(name="damaged", location=str(folder)), HBT.data_party(4), WRITE)
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"metadata": {}}', '{"weight_map": {}}'])
+def test_spoilt_index_is_a_model_error(index: str, save_checkpoint: Callable[..., ModelSource], tmp_path: Path) -> None:
+    folder = tmp_path / "spoilt"
+    shutil.copytree(save_checkpoint("llama", "writer").location, folder)
+    (folder / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelError, match=r"model\.safetensors\.index\.json"):
+        load_segment(ModelSource(name="spoilt", location=str(folder)), HBT.data_party(4), WRITE)
+
+
+def test_folder_without_weights_is_a_model_error(save_checkpoint: Callable[..., ModelSource], tmp_path: Path) -> None:
+    shutil.copy(Path(save_checkpoint("llama", "writer").location) / "config.json", tmp_path)
+    with pytest.raises(ModelError, match=r"has none of model\.safetensors, .*`save_pretrained`"):
+        load_segment(ModelSource(name="none", location=str(tmp_path)), HBT.data_party(4), WRITE)
+
+
+def test_broken_pickled_file_is_a_model_error(save_checkpoint: Callable[..., ModelSource], tmp_path: Path) -> None:
+    shutil.copy(Path(save_checkpoint("llama", "writer").location) / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    with pytest.raises(ModelError, match=r"the file 'pytorch_model\.bin' .* is damaged"):
+        load_segment(ModelSource(name="old", location=str(tmp_path)), HBT.data_party(4), WRITE)
 
 
 def test_classifier_of_another_size_is_a_model_error(save_checkpoint: Callable[..., ModelSource]) -> None:

@@ -46,11 +46,21 @@ def test_hub_id_offline_is_a_model_error_at_once(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("config", "said"),
     [
-        ({"model_type": "mamba", "num_hidden_layers": 2}, "family is 'mamba'.*Known families: bert, gpt2"),
-        ({"model_type": "t5"}, "family is 't5'"),
-        ({"model_type": "no-such-type"}, "no configuration could be read"),
-        ({}, "no configuration could be read"),
-        ({"auto_map": {"AutoConfig": "code.Config"}, "model_type": "own"}, "no configuration could be read"),
+        (
+            {"model_type": "bloom", "num_hidden_layers": 2},
+            r"family is 'bloom'.*Certify it with .*families: albert, bert",
+        ),
+        ({"model_type": "bart"}, "family is 'bart'"),
+        (
+            {"model_type": "no-such-type"},
+            r"no configuration could be read.*does not read its model_type 'no-such-type'",
+        ),
+        ({}, r"no configuration could be read.*names no model_type"),
+        (
+            {"auto_map": {"AutoConfig": "code.Config"}, "model_type": "own"},
+            r"no configuration could be read.*names code in its repository \(auto_map\).*is never run.*'-hf'",
+        ),
+        ({"auto_map": {"AutoConfig": "code.Config"}}, r"names code in its repository \(auto_map\)"),
     ],
 )
 def test_unknown_families_are_refused(tmp_path: Path, config: dict, said: str) -> None:
@@ -83,6 +93,39 @@ def test_encoders_write_no_text(tmp_path: Path, family: str) -> None:
 def test_folder_without_tokenizer_is_refused(save_checkpoint: Callable[..., ModelSource]) -> None:
     with pytest.raises(ModelError, match="no tokenizer"):
         load_tokenizer(save_checkpoint("llama", "base"))
+
+
+def test_code_of_a_repository_is_never_run(tmp_path: Path) -> None:
+    """Neither that of a configuration nor that of a tokenizer, though both are named and there."""
+    named = {"AutoConfig": "code_of_own.Own", "AutoTokenizer": ["code_of_own.Own", None]}
+    (tmp_path / "code_of_own.py").write_text("raise SystemExit('code from a hub was run')")
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": named, "model_type": "own"}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"auto_map": named, "tokenizer_class": "Own"}))
+    source = resolve_model(str(tmp_path))
+    with pytest.raises(ModelError, match="code from a hub is never run"):
+        load_config(source, TASK)
+    with pytest.raises(ModelError, match=r"code in its repository, and code from a hub is never run.*tokenizer\.json"):
+        load_tokenizer(source)
+
+
+@pytest.mark.parametrize("pad", ["pad", "end", "none"])
+def test_tokenizer_pads_with_its_end_token_or_not_at_all(tmp_path: Path, tokenizer_folder: Path, pad: str) -> None:
+    settings = json.loads((tokenizer_folder / "tokenizer_config.json").read_text())
+    if pad != "pad":
+        del settings["pad_token"]
+    if pad == "end":
+        settings["eos_token"] = "power"
+    (tokenizer_folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tokenizer_folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    source = resolve_model(str(tokenizer_folder))
+    if pad == "none":
+        with pytest.raises(ModelError, match=r"neither a pad nor an end token.*Set pad_token"):
+            load_tokenizer(source)
+        return
+    tokenizer = load_tokenizer(source)
+    assert tokenizer.pad_token == {"pad": "<pad>", "end": "power"}[pad]
+    padded = tokenizer(["flower power", "flower"], padding=True)["input_ids"]
+    assert padded == [[2, 3], [2, tokenizer.pad_token_id]]
 
 
 @pytest.mark.skipif(

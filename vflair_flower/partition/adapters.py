@@ -17,8 +17,17 @@ from transformers import PreTrainedConfig
 
 from vflair_flower.errors import CheckpointError, PartitionError
 from vflair_flower.partition.loading import LoadedSegment, draw_normal, generator_for
-from vflair_flower.partition.structure import task_head_places
+from vflair_flower.partition.plan import Mode, PartitionPlan
+from vflair_flower.partition.structure import family_of, task_head_places
 from vflair_flower.settings import LoraSettings, TaskKind, TaskSettings
+
+_PEFT_TASKS = {
+    TaskKind.SEQUENCE_CLASSIFICATION: "SEQ_CLS",
+    TaskKind.SEQUENCE_REGRESSION: "SEQ_CLS",
+    TaskKind.QUESTION_ANSWERING: "QUESTION_ANS",
+    TaskKind.CAUSAL_LM: "CAUSAL_LM",
+    TaskKind.SEQ2SEQ_LM: "SEQ_2_SEQ_LM",
+}
 
 
 def lora_config(
@@ -29,14 +38,13 @@ def lora_config(
     PEFT itself adds the task head to the modules that are trained whole when it is told the task, and would copy the
     holes that stand for it; a segment's configuration therefore names no task.
     """
-    kinds = {TaskKind.SEQUENCE_CLASSIFICATION: "SEQ_CLS", TaskKind.CAUSAL_LM: "CAUSAL_LM"}
     return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=target_modules(config, settings),
         modules_to_save=modules_to_save or None,
-        task_type=None if task is None else kinds[task.kind],
+        task_type=None if task is None else _PEFT_TASKS.get(task.kind),
         base_model_name_or_path=config.name_or_path or None,
         inference_mode=task is not None,
     )
@@ -55,8 +63,9 @@ def target_modules(config: PreTrainedConfig, settings: LoraSettings) -> list[str
 
 
 def trainable_head_modules(loaded: LoadedSegment, task: TaskSettings) -> list[str]:
-    """Return the names of the modules that are trained whole beside LoRA: for classification the task head."""
-    if task.kind is not TaskKind.SEQUENCE_CLASSIFICATION or not loaded.segment.task_head:
+    """Return the names of the modules that are trained whole beside LoRA: a task head that may be new."""
+    new = task.kind.reads_whole_texts or task.kind is TaskKind.QUESTION_ANSWERING
+    if not new or not loaded.segment.task_head:
         return []
     model = loaded.model
     names = [place.name for place in task_head_places(model)]
@@ -64,6 +73,42 @@ def trainable_head_modules(loaded: LoadedSegment, task: TaskSettings) -> list[st
     if pooler is not None and next(pooler.parameters(), None) is not None:
         names.append("pooler")
     return names
+
+
+def refuse_trained_copies(
+    config: PreTrainedConfig, plan: PartitionPlan, task: TaskSettings, tuning: LoraSettings | None
+) -> None:
+    """Raise PartitionError if training would change parameters of which both parties hold a copy, each its own.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        The model's.
+    plan, task, tuning
+        The cut, the task and what is trained.
+    """
+    text = config.get_text_config()
+    if family_of(config).unroll is not None:
+        raise PartitionError(
+            f"the model family is {text.model_type!r}, in which one block's weights serve all {text.num_hidden_layers} "
+            "layers; both parties would hold them and train them apart, and this version does not train them. Choose "
+            "a model whose layers have weights of their own, such as BERT."
+        )
+    if family_of(config).shared_table is not None and plan.head_blocks + plan.tail_blocks and tuning is None:
+        raise PartitionError(
+            f"the model ({text.model_type}) keeps its relative position bias in the first block of a stack, and all "
+            "blocks read it; both parties would hold a copy, all parameters are to be trained, and the two would drift "
+            "apart. Use LoRA, which leaves it frozen."
+        )
+    shows_words = task.kind.writes or task.kind is TaskKind.MASKED_LM
+    tied = bool(getattr(text, "tie_word_embeddings", False)) and shows_words
+    if plan.mode is Mode.HT and tied and tuning is None:
+        raise PartitionError(
+            f"the cut is Head-Tail and the model ({text.model_type}) ties its embedding to its language-model head: "
+            "the data party would hold the embedding, the model party a copy of it as the head, and all parameters are "
+            "to be trained, so the two would drift apart. Use LoRA, which leaves both frozen, or Head-Body-Tail, where "
+            "both stay with the data party."
+        )
 
 
 def make_trainable(loaded: LoadedSegment, settings: LoraSettings | None, task: TaskSettings, *, seed: int) -> nn.Module:

@@ -1,136 +1,51 @@
 """Cut a transformers model: keep the blocks a party owns, leave holes where it does not.
 
 The list of blocks keeps its full length, so block indices, `layer_types[i]`, masks and the names of all parameters
-stay those of the whole model; transformers' own forward runs unchanged.  A hole has no parameters.
-
-B batch, T tokens, D hidden, C classes, V vocabulary.  Tensors that cross a cut: `hidden_BTD` there; back come
-`hidden_BTD` (Head-Body-Tail) or the task head's output, `[B, C]`, `[B, T, C]` or `[B, T, V]` (Head-Tail).
-Invariant: the parties' segments together equal the uncut model, bit for bit in float32 (tests/exact/).
+stay those of the whole model; transformers' own forward runs unchanged.  An encoder's and a decoder's stack are cut
+alike, each with a hole of its own.
+Invariant: the parties' segments together equal the uncut model, bit for bit in float32 (`vflair verify`).
 """
 
-import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+import inspect
+from collections.abc import Mapping
+from types import MethodType
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vflair_flower.errors import PartitionError, SessionClosedError
+from vflair_flower.errors import PartitionError
+from vflair_flower.partition.caching import cache_argument, followed, split_cache
+from vflair_flower.partition.holes import (
+    Absent,
+    Channel,
+    EncoderStates,
+    FirstToken,
+    NullEmbedding,
+    PassThrough,
+    RemoteBlock,
+    RemoteHead,
+)
 from vflair_flower.partition.plan import Segment
-from vflair_flower.partition.structure import Place, family_of, find_stack, outside_stack, task_head_places
+from vflair_flower.partition.structure import (
+    Family,
+    Part,
+    Place,
+    Stack,
+    beside_stacks,
+    family_of,
+    find_stacks,
+    outside_stack,
+    segments_of,
+    task_head_places,
+)
 
-
-class SegmentCall(Protocol):
-    """What a hole calls: differentiable in `hidden_BTD`; see `vflair_flower.remote.RemoteSegment`."""
-
-    def __call__(self, hidden_BTD: Tensor, attention_mask_BT: Tensor, position_ids_BT: Tensor | None) -> Tensor:
-        """Run the other party's segment on a hidden state."""
-
-
-class Channel:
-    """Joins the holes of one model: what the forward pass was called with, and where a hole's call goes.
-
-    `call` is set for as long as a session is open; a forward pass without one raises SessionClosedError.
-    """
-
-    def __init__(self) -> None:
-        self.call: SegmentCall | None = None
-        self.attention_mask_BT: Tensor | None = None
-        self.position_ids_BT: Tensor | None = None
-        self.returned: Tensor | None = None
-
-    def send(self, hidden_BTD: Tensor) -> Tensor:
-        """Run the hole: returns what the other party's segment makes of `hidden_BTD`."""
-        if self.call is None:
-            raise SessionClosedError(
-                "the model has a hole where another party's blocks are, and no session is open to call that party. "
-                "Use the model inside the session that opened it."
-            )
-        mask_BT = self.attention_mask_BT
-        if mask_BT is None:
-            mask_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device)
-        if not isinstance(mask_BT, Tensor) or mask_BT.shape != hidden_BTD.shape[:2]:
-            shape = tuple(mask_BT.shape) if isinstance(mask_BT, Tensor) else type(mask_BT).__name__
-            raise PartitionError(
-                f"the attention mask is {shape}, but the hidden state at the cut is {tuple(hidden_BTD.shape)}; the "
-                "other party needs one mask value per token. Pass a mask [B, T] over all tokens, and to `generate` "
-                "use_cache=False: no cache goes across a cut."
-            )
-        return self.call(hidden_BTD, mask_BT, self.position_ids_BT)
-
-
-class PassThrough(nn.Module):
-    """Stands where a block that this party does not own was, and keeps its index free."""
-
-    def __init__(self, block_returns: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.block_returns = block_returns
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the hidden state as a block of the family would."""
-        return self.block_returns(_hidden(args, kwargs))
-
-
-class RemoteBlock(PassThrough):
-    """The hole at the first block that is not owned: calls the other party.
-
-    In Head-Tail the answer is not a hidden state but the task head's output: it is kept for `RemoteHead`, and what
-    runs in between runs on parameter-free stubs whose result nobody reads.
-    """
-
-    def __init__(self, block_returns: Callable[[Tensor], Any], channel: Channel, *, keep_for_head: bool) -> None:
-        super().__init__(block_returns)
-        self.channel = channel
-        self.keep_for_head = keep_for_head
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Send the hidden state, return what comes back."""
-        hidden_BTD = _hidden(args, kwargs)
-        returned = self.channel.send(hidden_BTD)
-        if self.keep_for_head:
-            self.channel.returned = returned
-            return self.block_returns(hidden_BTD.detach())
-        return self.block_returns(returned)
-
-
-class RemoteHead(nn.Module):
-    """Stands where the task head was (Head-Tail): hands on what the model party's task head returned."""
-
-    def __init__(self, channel: Channel) -> None:
-        super().__init__()
-        self.channel = channel
-
-    def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Return the other party's output, cut to the positions that the model asks for."""
-        returned, self.channel.returned = self.channel.returned, None
-        if returned is None:
-            raise SessionClosedError("the task head was run without the blocks before it; nothing has come back yet.")
-        if hidden.dim() == returned.dim() == 3 and hidden.shape[1] < returned.shape[1]:  # logits_to_keep
-            return returned[:, -hidden.shape[1] :]
-        return returned
-
-
-class NullEmbedding(nn.Module):
-    """Stands where an embedding was; its zeros are overwritten at the first owned block."""
-
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.width = width
-        self.dtype = dtype
-
-    def forward(self, ids: Tensor, *_: Any, **__: Any) -> Tensor:
-        """Return zeros of the embedding's shape."""
-        return torch.zeros(*ids.shape, self.width, dtype=self.dtype, device=ids.device)
-
-
-class FirstToken(nn.Module):
-    """Stands where a pooler was: same shape out, no parameters."""
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the first position, ``[B, D]``."""
-        return hidden_BTD[:, 0]
+_CARRIED = ("attention_mask", "position_ids", "past_key_values", "cache_params", "use_cache")
+_STAYS = (  # of no meaning to the blocks
+    *("input_ids", "inputs_embeds", "token_type_ids", "labels", "num_items_in_batch", "return_dict", "logits_to_keep"),
+    *("output_attentions", "output_hidden_states", "output_router_logits", "use_mems", "cache_position"),
+)
+_CROSSED = ("encoder_hidden_states", "encoder_attention_mask")
 
 
 def cut(model: PreTrainedModel, segment: Segment) -> Channel:
@@ -152,25 +67,132 @@ def cut(model: PreTrainedModel, segment: Segment) -> Channel:
     ------
     ModelError
         If the family is unknown or the blocks cannot be found.
+    PartitionError
+        If the cut does not fit the model's stacks.
     """
-    base = model.base_model
-    returns = family_of(model.config).block_returns
-    stack_name, stack = find_stack(model)
+    family = family_of(model.config)
+    owned = segments_of(model.config, segment)
     channel = Channel()
-    for index in range(len(stack)):
-        if index not in segment.blocks:
-            stack[index] = PassThrough(returns)
-    gap = segment.gap
-    starts_here = segment.embedding and gap is not None
-    if segment.embedding and gap is not None:
-        stack[gap] = RemoteBlock(returns, channel, keep_for_head=not segment.task_head)
-        base.register_forward_pre_hook(lambda _m, _args, kwargs: _remember(channel, kwargs), with_kwargs=True)
-    before, after = outside_stack(base, stack_name)
+    stacks = find_stacks(model)
+    for stack in stacks:
+        _open_hole(stack, owned[stack.part], channel, family)
+        if segment.embedding and segment.gap is not None:
+            _join_stack(model, stack, owned[stack.part], channel, family)
+    if segment.embedding and segment.gap is not None:
+        _join_model(model, stacks[-1], owned[stacks[-1].part], channel)
+    outside = [outside_stack(stack.host, stack.name) for stack in stacks]
     if not segment.embedding:
-        _empty_embedding(model, before, keep_tied=segment.task_head and _is_tied(model))
+        beside = beside_stacks(model)
+        keep_tied = segment.task_head and is_tied(model)
+        _empty_embedding(model, [*beside, *(place for before, _ in outside for place in before)], keep_tied=keep_tied)
+        for place in beside:
+            if not isinstance(place.module, nn.Embedding):
+                place.replace(nn.Identity())
     if not segment.task_head:
-        _empty_task_head(model, after, RemoteHead(channel) if starts_here else nn.Identity())
+        after = [place for _, places in outside for place in places]
+        _empty_task_head(model, after, RemoteHead(channel) if segment.embedding else Absent())
     return channel
+
+
+def _open_hole(stack: Stack, segment: Segment, channel: Channel, family: Family) -> None:
+    """Leave holes where blocks are not owned; the first of them calls, if this segment is the one that begins."""
+    blocks, gap = stack.blocks, segment.gap
+    first = blocks[0]
+    for index in range(len(blocks)):
+        if index not in segment.blocks:
+            blocks[index] = PassThrough(family)
+    if segment.embedding and gap is not None:
+        blocks[gap] = RemoteBlock(family, channel, keep_for_head=not segment.task_head)
+    shared, hole = family.shared_table, blocks[0]
+    if shared is not None and segment.blocks and isinstance(hole, PassThrough):
+        table = first.get_submodule(shared.path)
+        hole.hold(shared.path, table)
+        shared.lend(blocks[segment.blocks[0]], table)
+
+
+def _join_stack(model: PreTrainedModel, stack: Stack, segment: Segment, channel: Channel, family: Family) -> None:
+    """Let the channel see what a stack is called with, and a decoder's blocks behind the hole read what comes back."""
+    accepted = inspect.signature(stack.host.forward).parameters
+    name = cache_argument(accepted)
+
+    def before_stack(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        _refuse_what_cannot_cross(kwargs, family, stack.part)
+        cache = kwargs.get(name)
+        if cache is None and kwargs.get("use_cache"):
+            cache = split_cache(model.config, segment.blocks)
+        elif cache is None and "use_cache" in accepted:
+            kwargs = {**kwargs, "use_cache": False}
+        channel.cache = followed(cache)
+        if channel.cache is not None:
+            channel.cache.enter()
+        channel.part = stack.part
+        channel.attention_mask_BT = kwargs.get("attention_mask")
+        channel.position_ids_BT = kwargs.get("position_ids")
+        channel.encoder = None
+        if stack.part is Part.DECODER:
+            channel.encoder = _encoder_states(kwargs)
+        return args, kwargs if cache is None else {**kwargs, name: cache}
+
+    def after_stack(_module: nn.Module, _args: tuple[Any, ...], _kwargs: dict[str, Any], _output: Any) -> None:
+        if channel.cache is not None:
+            channel.cache.leave()
+        channel.cache = channel.encoder = None
+
+    def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if channel.encoder is None:
+            return None
+        place = list(inspect.signature(block.forward).parameters).index(_CROSSED[0])
+        if place < len(args):
+            return (*args[:place], channel.encoder.hidden_BSD, *args[place + 1 :]), kwargs
+        return args, {**kwargs, _CROSSED[0]: channel.encoder.hidden_BSD}
+
+    stack.host.register_forward_pre_hook(before_stack, with_kwargs=True)
+    stack.host.register_forward_hook(after_stack, with_kwargs=True)
+    if stack.part is Part.DECODER:
+        for index in segment.blocks[segment.gap :]:
+            stack.blocks[index].register_forward_pre_hook(before_block, with_kwargs=True)
+
+
+def _join_model(model: PreTrainedModel, stack: Stack, segment: Segment, channel: Channel) -> None:
+    """Let the channel see what the model is called with, and `generate` make a cache that crosses."""
+    name = cache_argument(inspect.signature(stack.host.forward).parameters)
+
+    def before_model(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        keep = kwargs.get("logits_to_keep", 0)
+        channel.logits_to_keep = keep if isinstance(keep, int) and not segment.task_head else 0
+
+    def prepare_cache(_self: PreTrainedModel, generation_config: Any, model_kwargs: dict[str, Any], *_: Any) -> None:
+        if generation_config.cache_implementation not in (None, "dynamic"):
+            raise PartitionError(
+                f"cache_implementation is {generation_config.cache_implementation!r}; a cut model generates with "
+                "'dynamic' caches only. Leave it out."
+            )
+        followed(model_kwargs.get(name))
+        if model_kwargs.get(name) is None and generation_config.use_cache is not False:
+            model_kwargs[name] = split_cache(model.config, segment.blocks)
+
+    model.register_forward_pre_hook(before_model, with_kwargs=True)
+    model._prepare_cache_for_generation = MethodType(prepare_cache, model)  # type: ignore[assignment]
+
+
+def _encoder_states(kwargs: Mapping[str, Any]) -> EncoderStates:
+    hidden_BSD, mask_BS = (kwargs.get(name) for name in _CROSSED)
+    if not isinstance(hidden_BSD, Tensor):
+        raise PartitionError(
+            "the decoder was run without the encoder's hidden states, which all of its blocks read. Pass input_ids or "
+            "encoder_outputs to the model."
+        )
+    return EncoderStates(hidden_BSD=hidden_BSD, mask_BS=mask_BS)
+
+
+def _refuse_what_cannot_cross(kwargs: Mapping[str, Any], family: Family, part: Part) -> None:
+    known = {*_CARRIED, *_STAYS, *(_CROSSED if part is Part.DECODER else ())} - {*family.crosses_not}
+    odd = [name for name, value in kwargs.items() if value is not None and name not in known]
+    if odd:
+        raise PartitionError(
+            f"the model was called with {odd[0]!r}, which the blocks may read and which does not cross the cut; the "
+            f"other party would compute without it. Leave it out; {', '.join(_CARRIED[:2])} do cross."
+        )
 
 
 def _empty_embedding(model: PreTrainedModel, before: list[Place], *, keep_tied: bool) -> None:
@@ -191,91 +213,10 @@ def _empty_task_head(model: PreTrainedModel, after: list[Place], stand_in: nn.Mo
             place.replace(nn.Identity())
     heads = task_head_places(model)
     for place in heads:
-        place.replace(stand_in if place is heads[-1] else nn.Identity())
+        place.replace(stand_in if place is heads[-1] else Absent())
 
 
-class SegmentRunner:
-    """Runs a segment that does not begin with the embedding: a hidden state in, hidden state or logits out.
-
-    The forward pass is transformers' own; the hidden state enters at the first owned block by a pre-hook, and is read
-    after the last one (or after the task head, if owned).  One forward at a time: the hooks hold the state.
-    """
-
-    def __init__(self, model: PreTrainedModel, segment: Segment) -> None:
-        self._model = model
-        self._segment = segment
-        self._lock = threading.Lock()
-        self._entering: Tensor | None = None
-        self._leaving: Tensor | None = None
-        _, stack = find_stack(model)
-        stack[segment.blocks[0]].register_forward_pre_hook(self._enter, with_kwargs=True)
-        last = task_head_places(model)[-1].module if segment.task_head else stack[segment.blocks[-1]]
-        last.register_forward_hook(self._leave)
-
-    def __call__(
-        self,
-        hidden_BTD: Tensor,
-        attention_mask_BT: Tensor,
-        position_ids_BT: Tensor | None = None,
-        *,
-        within: AbstractContextManager[object] | None = None,
-    ) -> Tensor:
-        """Run the segment; `within` is entered for the forward pass while no other one runs.
-
-        Parameters
-        ----------
-        hidden_BTD : torch.Tensor
-            Float, ``[B, T, D]``.
-        attention_mask_BT : torch.Tensor
-            Integer, ``[B, T]``, 1 for tokens and 0 for padding.
-        position_ids_BT : torch.Tensor, optional
-            Integer, ``[B, T]``; computed by the model when absent.
-
-        Returns
-        -------
-        torch.Tensor
-            Hidden states ``[B, T, D]``, or the task head's output if this segment owns it.
-        """
-        mask_BT = attention_mask_BT.to(device=hidden_BTD.device, dtype=torch.int64)
-        inputs: dict[str, Any] = {"attention_mask": mask_BT, "input_ids": self._surrogate_ids(mask_BT)}
-        if position_ids_BT is not None:
-            inputs["position_ids"] = position_ids_BT.to(device=hidden_BTD.device, dtype=torch.int64)
-        run = self._model if self._segment.task_head else self._model.base_model
-        with self._lock, within or nullcontext():
-            self._entering = hidden_BTD
-            try:
-                run(**inputs)
-                leaving = self._leaving
-            finally:
-                self._entering = self._leaving = None
-        assert leaving is not None
-        return leaving
-
-    def _surrogate_ids(self, mask_BT: Tensor) -> Tensor:
-        """Ids that say nothing but where padding is: the model's own forward wants some."""
-        pad = self._model.config.get_text_config().pad_token_id or 0
-        return torch.where(mask_BT.bool(), 1 if pad == 0 else 0, pad)
-
-    def _enter(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        hidden_BTD, self._entering = self._entering, None
-        if hidden_BTD is None:
-            return None
-        return ((hidden_BTD, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden_BTD})
-
-    def _leave(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
-        self._leaving = output[0] if isinstance(output, tuple) else output
-
-
-def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    hidden_BTD: Tensor = args[0] if args else kwargs["hidden_states"]
-    return hidden_BTD
-
-
-def _remember(channel: Channel, kwargs: dict[str, Any]) -> None:
-    channel.attention_mask_BT = kwargs.get("attention_mask")
-    channel.position_ids_BT = kwargs.get("position_ids")
-
-
-def _is_tied(model: PreTrainedModel) -> bool:
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the language-model head is the embedding's own matrix."""
     tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     return tied and model.get_output_embeddings() is not None

@@ -4,18 +4,18 @@ Models are built on torch's meta device, which holds shapes and no numbers; a 70
 seconds on a laptop.  B rows per party and step, T tokens per row, D hidden.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from vflair_flower.partition.adapters import make_trainable
+from vflair_flower.partition.adapters import make_trainable, refuse_trained_copies
 from vflair_flower.partition.cut import cut
 from vflair_flower.partition.loading import LoadedSegment, task_class
 from vflair_flower.partition.plan import Mode, Segment
 from vflair_flower.partition.sources import ModelSource, load_config
-from vflair_flower.partition.structure import family_of, hidden_size, num_blocks
-from vflair_flower.settings import TaskKind
+from vflair_flower.partition.structure import answer_shape, hidden_size, num_blocks, stack_lengths
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
 
 _FLOAT_BYTES = 4
@@ -65,18 +65,17 @@ def footprint(source: ModelSource, spec: SplitSpec) -> Footprint:
         If the model is unknown or the cut misses it.
     """
     config = load_config(source, spec.task)
+    refuse_trained_copies(config, spec.plan, spec.task, spec.tuning)
     blocks = num_blocks(config)
     whole_share = _share(source, Segment.whole(blocks), spec)
     rows, tokens = spec.training.batch_size, spec.training.max_tokens
     item = WIRE_DTYPES[spec.wire_dtype].itemsize
     hidden = rows * tokens * hidden_size(config) * item
-    if spec.plan.mode is Mode.HBT:
-        answer = hidden
-    elif spec.task.kind is TaskKind.CAUSAL_LM:
-        answer = rows * tokens * int(config.get_text_config().vocab_size) * item
-    else:
-        classified = rows if family_of(config).encoder else rows * tokens
-        answer = classified * len(spec.task.label_names) * item
+    shown = math.prod(answer_shape(config, spec.task, rows, tokens)) * item
+    answer = hidden if spec.plan.mode is Mode.HBT else shown
+    up, down = hidden + rows * tokens + answer, answer + hidden
+    if len(stack_lengths(config)) == 2:  # the decoder's hole carries the encoder's states and their gradient as well
+        up, down = 2 * up + hidden + rows * tokens + (hidden if spec.plan.tail_blocks else 0), 2 * down + hidden
     return Footprint(
         model=source.name,
         family=config.model_type,
@@ -85,8 +84,8 @@ def footprint(source: ModelSource, spec: SplitSpec) -> Footprint:
         whole_trained=whole_share.trained,
         data_party=_share(source, spec.plan.data_party(blocks), spec),
         model_party=_share(source, spec.plan.model_party(blocks), spec),
-        up_bytes_per_step=hidden + rows * tokens + answer,
-        down_bytes_per_step=answer + hidden,
+        up_bytes_per_step=up,
+        down_bytes_per_step=down,
     )
 
 

@@ -7,7 +7,7 @@ their own global name, so that every party, and the unsplit model, draws the sam
 
 import hashlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -22,21 +22,33 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_QUESTION_ANSWERING_MAPPING,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
 )
 from transformers.utils import logging
 
 from vflair_flower.errors import ModelError
-from vflair_flower.partition.cut import Channel, cut
+from vflair_flower.partition.conversions import original_layout, was_translated
+from vflair_flower.partition.cut import cut
+from vflair_flower.partition.files import SegmentManifest, check_weight_files, read_manifest
+from vflair_flower.partition.holes import Channel
 from vflair_flower.partition.plan import Segment
 from vflair_flower.partition.sources import ModelSource, load_config
-from vflair_flower.partition.structure import family_of
+from vflair_flower.partition.structure import family_of, segments_of, task_head_places
 from vflair_flower.settings import TaskKind, TaskSettings
 
 _one_at_a_time = threading.Lock()
 _TASK_CLASSES = {
     TaskKind.SEQUENCE_CLASSIFICATION: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    TaskKind.SEQUENCE_REGRESSION: MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    TaskKind.QUESTION_ANSWERING: MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     TaskKind.CAUSAL_LM: MODEL_FOR_CAUSAL_LM_MAPPING,
+    TaskKind.MASKED_LM: MODEL_FOR_MASKED_LM_MAPPING,
+    TaskKind.SEQ2SEQ_LM: MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING,
+    TaskKind.IMAGE_TEXT_TO_TEXT: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 }
 
 
@@ -53,15 +65,33 @@ class LoadedSegment:
 
 def task_class(config: PreTrainedConfig, task: TaskSettings) -> type[PreTrainedModel]:
     """Return transformers' class for a model family and a task; raise ModelError if there is none."""
-    mapping = _TASK_CLASSES[task.kind]
+    mapping: Any = _TASK_CLASSES.get(task.kind, {})
     # transformers has causal classes for encoders too; on an encoder's weights they would see the words to come.
     reads_ahead = task.kind is TaskKind.CAUSAL_LM and family_of(config).encoder
     if type(config) not in mapping or reads_ahead:
         raise ModelError(
             f"transformers has no {task.kind.value} class for the model family {config.model_type!r}. "
-            "Choose another task or another model."
+            f"Choose another model, or a task it has: {', '.join(kind.value for kind in tasks_of(config)) or 'none'}."
         )
-    return cast("type[PreTrainedModel]", mapping[type(config)])
+    return _first(mapping[type(config)])
+
+
+def tasks_of(config: PreTrainedConfig) -> tuple[TaskKind, ...]:
+    """Return the tasks for which transformers has a class for this model family."""
+    found = [kind for kind, mapping in _TASK_CLASSES.items() if type(config) in mapping]
+    if family_of(config).encoder and TaskKind.CAUSAL_LM in found:
+        found.remove(TaskKind.CAUSAL_LM)
+    return tuple(found)
+
+
+def classes_of(config: PreTrainedConfig, tasks: Collection[TaskKind]) -> list[type[PreTrainedModel]]:
+    """Return the different task classes of some tasks of `tasks_of`."""
+    mappings: list[Any] = [_TASK_CLASSES[kind] for kind in tasks]
+    return list(dict.fromkeys(_first(mapping[type(config)]) for mapping in mappings))
+
+
+def _first(classes: object) -> type[PreTrainedModel]:
+    return cast("type[PreTrainedModel]", classes[0] if isinstance(classes, tuple) else classes)
 
 
 def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, seed: int = 0) -> LoadedSegment:
@@ -82,11 +112,17 @@ def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, s
     ------
     ModelError
         If the checkpoint cannot be read, or lacks a tensor that is not part of a new classifier.
+    PartitionError
+        If the cut does not fit the model.
     """
     config = load_config(source, task)
-    own_class, channels = _segment_class(task_class(config, task), segment)
+    segments_of(config, segment)
+    check_weight_files(source.location)
+    manifest = read_manifest(source.location)
+    cls = task_class(config, task)
+    own_class, channels = segment_class(cls, segment)
     try:
-        with _quiet():
+        with _quiet(), original_layout(own_class, config):
             loaded: Any = own_class.from_pretrained(
                 source.location, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
             )
@@ -95,15 +131,16 @@ def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, s
     model: PreTrainedModel = loaded[0]
     info: dict[str, Any] = loaded[1]
     missing = sorted(info["missing_keys"])
-    lost = [name for name in missing if not _may_be_new(name, model, task)]
+    elsewhere = manifest is not None and not manifest.holds(segment, task.kind)
+    lost = [name for name in missing if elsewhere or not _may_be_new(name, model, task)]
     if lost:
-        raise ModelError(
-            f"the checkpoint {source.location!r} lacks {len(lost)} tensors of this segment, the first is {lost[0]!r}. "
-            "It belongs to another architecture, or is a segment that was cut elsewhere."
-        )
+        raise ModelError(_lacks(source, lost, segment, task, manifest))
+    if was_translated(config):
+        model._weight_conversions = []  # type: ignore[assignment] # so that it is saved as the Llama or GLM that it is
+        model.config.architectures = [cls.__name__]
     for name in missing:
         _draw(model, name, seed)
-    model.config.use_cache = task.kind is TaskKind.CAUSAL_LM
+    model.config.use_cache = task.kind.writes
     if model.config.pad_token_id is None:
         # As load_tokenizer does: decoders that classify find a text's last token by it, and refuse batches without.
         # Not set any earlier, or the embedding would leave out that token's gradient.
@@ -112,18 +149,42 @@ def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, s
     return LoadedSegment(model, segment, channels[-1], tuple(missing))
 
 
+def _lacks(
+    source: ModelSource, lost: list[str], segment: Segment, task: TaskSettings, manifest: SegmentManifest | None
+) -> str:
+    begin = f"the checkpoint {source.location!r} lacks {len(lost)} tensors of this segment, the first is {lost[0]!r}. "
+    if manifest is None:
+        return f"{begin}It belongs to another architecture, or is a segment that was cut elsewhere."
+    for_tasks = ", ".join(kind.value for kind in manifest.tasks)
+    return (
+        f"{begin}The folder is {manifest.describe()}, for {for_tasks}; asked for were {segment.describe()}, for "
+        f"{task.kind.value}. Use the cut and task that it was written for, or have whoever has the whole model write "
+        "this one (`vflair export-segment`)."
+    )
+
+
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; raise ModelError if there is none or it cannot pad."""
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
+        with _quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the tokenizer of {source.location!r} is code in its repository, and code from a hub is never run. "
+                "Put a tokenizer.json into the model's folder, from a converted copy of the model (often the "
+                "repository with '-hf' in its name), and take auto_map out of its tokenizer_config.json."
+            ) from error
         raise ModelError(
             f"no tokenizer could be read for the model {source.location!r}: {error}. Put its files "
             "(tokenizer.json or vocab.txt) into the model's folder."
         ) from error
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ModelError(f"the tokenizer of {source.location!r} has neither a pad nor an end token; set pad_token.")
+            raise ModelError(
+                f"the tokenizer of {source.location!r} has neither a pad nor an end token, and batches of texts cannot "
+                "be made without. Set pad_token in its tokenizer_config.json."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -161,7 +222,8 @@ def _without_reports() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _segment_class(cls: type[PreTrainedModel], segment: Segment) -> tuple[type[PreTrainedModel], list[Channel]]:
+def segment_class(cls: type[PreTrainedModel], segment: Segment) -> tuple[type[PreTrainedModel], list[Channel]]:
+    """Return a subclass of a task class that cuts itself as it is built, and where its channel is put then."""
     channels: list[Channel] = []
 
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
@@ -179,7 +241,10 @@ def _segment_class(cls: type[PreTrainedModel], segment: Segment) -> tuple[type[P
 def _may_be_new(name: str, model: PreTrainedModel, task: TaskSettings) -> bool:
     """Whether fine-tuning may begin without this parameter: a classifier and its pooler may be new, nothing else."""
     outside_base = not name.startswith(model.base_model_prefix + ".")
-    return task.kind is TaskKind.SEQUENCE_CLASSIFICATION and (outside_base or ".pooler." in name)
+    if model.base_model is model:  # then no name has the prefix
+        outside_base = any(name.startswith(place.name + ".") for place in task_head_places(model))
+    reads = task.kind.reads_whole_texts or task.kind is TaskKind.QUESTION_ANSWERING
+    return reads and (outside_base or ".pooler." in name)
 
 
 def _draw(model: PreTrainedModel, name: str, seed: int) -> None:

@@ -1,11 +1,12 @@
 """Where a model is cut: how many blocks each party owns.  Counting only; no model is touched here.
 
 Dimensions: a model of N blocks, numbered 0..N-1.  The data party owns the first `head_blocks` and, in Head-Body-Tail,
-the last `tail_blocks`; the model party owns what lies between (HBT) or everything after the head (HT).
+the last `tail_blocks`; the model party owns what lies between (HBT) or everything after the head (HT).  Where a model
+has two stacks of blocks, an encoder and a decoder, N counts the encoder's, and both are cut alike (`Segment.of_stack`).
 Invariant: every block, the embedding and the task head are owned by exactly one party.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from vflair_flower.errors import PartitionError
@@ -55,6 +56,24 @@ class Segment:
     def is_whole(self) -> bool:
         """Whether this is the unsplit model."""
         return self.gap is None and self.embedding and self.task_head
+
+    def of_stack(self, num_blocks: int) -> "Segment":
+        """Return the same cut of another stack of blocks: as many first and last ones stay with the data party.
+
+        Raises
+        ------
+        PartitionError
+            If that stack is too short for it.
+        """
+        if self.gap is None:
+            return replace(self, blocks=tuple(range(num_blocks)), num_blocks=num_blocks)
+        if self.embedding:
+            head, tail = self.gap, len(self.blocks) - self.gap
+        else:
+            head, tail = self.blocks[0], self.num_blocks - 1 - self.blocks[-1]
+        mode = Mode.HBT if self.embedding is self.task_head else Mode.HT
+        plan = PartitionPlan(mode=mode, head_blocks=head, tail_blocks=tail)
+        return plan.data_party(num_blocks) if self.embedding else plan.model_party(num_blocks)
 
     def describe(self) -> str:
         """Say what is owned in words, for reports: ``"embedding, block 0, block 5, task head"``."""

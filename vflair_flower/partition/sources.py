@@ -3,10 +3,13 @@
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import transformers
 from transformers import AutoConfig, PreTrainedConfig
 
 from vflair_flower.errors import ModelError
+from vflair_flower.partition.conversions import translated_config
 from vflair_flower.partition.structure import family_of
 from vflair_flower.settings import TaskKind, TaskSettings
 
@@ -63,23 +66,67 @@ def resolve_model(model: str, base_dir: Path | None = None) -> ModelSource:
     return ModelSource(name=model, location=model)
 
 
-def load_config(source: ModelSource, task: TaskSettings) -> PreTrainedConfig:
-    """Read a model's configuration and set the task's labels in it.
+def read_config(source: ModelSource) -> PreTrainedConfig:
+    """Read a model's configuration, translated where `vflair_flower.partition.conversions` knows how.
 
     Raises
     ------
     ModelError
-        If there is no such model, no hub can be reached, or the family is unknown.
+        If there is no such model, no hub can be reached, or only code from a hub could read it.
     """
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
+        raw: dict[str, Any] = PreTrainedConfig.get_config_dict(source.location)[0]
     except (OSError, ValueError) as error:
         raise ModelError(
             f"no configuration could be read for the model {source.location!r}: it is no local folder, and no hub "
             f"answered with it ({_first_line(error)}). Name a folder that `save_pretrained` wrote, or a hub id that "
             "this machine can reach. Models that need code from a hub are never loaded."
         ) from error
+    translated = translated_config(raw, source.location)
+    if translated is not None:
+        return translated
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.location, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ModelError(_unknown_architecture(source, raw, error)) from error
+    return config
+
+
+def _unknown_architecture(source: ModelSource, raw: dict[str, Any], error: Exception) -> str:
+    begin = f"no configuration could be read for the model {source.location!r}: "
+    kind = raw.get("model_type")
+    if raw.get("auto_map"):
+        return (
+            f"{begin}its config.json (model_type {kind!r}) names code in its repository (auto_map), and code from a "
+            "hub is never run. Choose a model that transformers itself has, or a copy of this one that was converted "
+            "to such an architecture (often the repository with '-hf' in its name)."
+        )
+    if kind is None:
+        return (
+            f"{begin}its config.json names no model_type. Name a folder that `save_pretrained` wrote, or copy "
+            "config.json from the model's repository again."
+        )
+    return (
+        f"{begin}transformers {transformers.__version__} does not read its model_type {kind!r} ({_first_line(error)}). "
+        "Choose a model that it has, or a newer transformers."
+    )
+
+
+def load_config(source: ModelSource, task: TaskSettings) -> PreTrainedConfig:
+    """Read a model's configuration and set the task's labels in it.
+
+    Raises
+    ------
+    ModelError
+        If there is no such model, no hub can be reached, or the family has no certificate.
+    """
+    config = read_config(source)
     family_of(config)
+    if task.kind is TaskKind.SEQUENCE_REGRESSION:
+        config.num_labels = 1
+        config.problem_type = "regression"
+    if task.kind is TaskKind.QUESTION_ANSWERING:
+        config.num_labels = 2  # where the answer starts and where it ends
     if task.kind is TaskKind.SEQUENCE_CLASSIFICATION:
         _check_classes(config, source, task)
         config.id2label = dict(enumerate(task.label_names))

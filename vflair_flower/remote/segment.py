@@ -1,18 +1,24 @@
 """The data party's end of a cut: a call to another party's segment that autograd can go through.
 
-B batch, T tokens, D hidden.  `hidden_BTD` goes there; back come hidden states or logits.  In the backward pass the
-gradient of what came back goes there and the gradient of `hidden_BTD` comes back.
+B batch, T tokens, S tokens that an encoder has read, D hidden.  `hidden_BTD` goes there, and for a decoder the
+encoder's states; back come hidden states or logits.  In the backward pass the gradient of what came back goes there and
+the gradients of what was sent come back.
 Invariant: a forward call that nobody will differentiate leaves nothing behind at the other party.
 """
 
 import itertools
-from typing import Any
+import weakref
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from vflair_flower.errors import SessionError
+from vflair_flower.errors import PartitionError, SessionError
+from vflair_flower.partition import SplitCache
+from vflair_flower.partition.holes import EncoderStates
+from vflair_flower.partition.structure import Part
 from vflair_flower.remote import protocol
 from vflair_flower.session import Link
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
@@ -37,24 +43,53 @@ class RemoteSegment:
         self._wire = WIRE_DTYPES[spec.wire_dtype]
         self._answer = protocol.returned_name(spec.plan.mode)
         self._calls = itertools.count()
+        self._caches: dict[int, weakref.ref[SplitCache]] = {}
         self.rows_since_step = 0
         """Rows that went through a differentiable forward call since the last step."""
         self.tokens = 0
         """Tokens, padding not counted, that went through forward calls so far."""
 
-    def __call__(self, hidden_BTD: Tensor, attention_mask_BT: Tensor, position_ids_BT: Tensor | None) -> Tensor:
-        """Run the other party's segment; differentiable in `hidden_BTD`."""
+    def __call__(
+        self,
+        hidden_BTD: Tensor,
+        attention_mask_BT: Tensor | None,
+        position_ids_BT: Tensor | None,
+        *,
+        cache: SplitCache | None = None,
+        logits_to_keep: int = 0,
+        part: Part = Part.ONLY,
+        encoder: EncoderStates | None = None,
+    ) -> Tensor:
+        """Run the other party's segment; differentiable in all hidden states, unless there is a cache."""
+        meta: dict[str, Any] = {} if part is Part.ONLY else {"part": part.value}
+        if cache is not None:
+            meta |= {"logits_to_keep": logits_to_keep}
+            return self._cached(hidden_BTD, attention_mask_BT, position_ids_BT, cache, meta, encoder)
+        if attention_mask_BT is None:
+            attention_mask_BT = torch.ones(hidden_BTD.shape[:2])
         differentiable = torch.is_grad_enabled()
         wants_grad = hidden_BTD.requires_grad
         if differentiable and not wants_grad:
             # Nothing before the cut is trained. Autograd would never come back here, and the other party's
             # segment would silently get no gradient: give it a leaf to come back for.
             hidden_BTD = hidden_BTD.detach().requires_grad_()
-        if differentiable:
+        if differentiable and part is not Part.ENCODER:  # whose rows the decoder's call counts
             self.rows_since_step += hidden_BTD.shape[0]
         self.tokens += int(attention_mask_BT.sum())
-        answer: Tensor = _Call.apply(hidden_BTD, attention_mask_BT, position_ids_BT, self, differentiable, wants_grad)  # type: ignore[no-untyped-call]
-        return answer
+        tensors = {"attention_mask": attention_mask_BT.to("cpu", protocol.MASK_DTYPE)}
+        if position_ids_BT is not None:
+            positions = position_ids_BT.expand(hidden_BTD.shape[:2])
+            tensors["position_ids"] = positions.to("cpu", protocol.POSITION_DTYPE)
+        tensors |= self._encoder_tensors(encoder)
+        meta["keep"] = differentiable
+        call = _Open(segment=self, tensors=tensors, meta=meta, wants_grad=wants_grad)
+        if encoder is None:
+            answer, _ = _Call.apply(hidden_BTD, None, call)  # type: ignore[no-untyped-call]
+        elif not (differentiable and encoder.hidden_BSD.requires_grad):
+            answer, _ = _Call.apply(hidden_BTD, encoder.hidden_BSD.detach(), call)  # type: ignore[no-untyped-call]
+        else:
+            answer, encoder.hidden_BSD = _Call.apply(hidden_BTD, encoder.hidden_BSD, call)  # type: ignore[no-untyped-call]
+        return cast("Tensor", answer)
 
     def step(self, *, step: int, total_steps: int) -> None:
         """Tell the other party that an optimiser step is due; returns when it is done there.
@@ -82,49 +117,131 @@ class RemoteSegment:
         """Tell the other party that no more steps come in this session, so that nobody waits for them."""
         self._link.call(self._target, protocol.FINISH, {})
 
-    def _forward(
-        self, hidden_BTD: Tensor, mask_BT: Tensor, positions_BT: Tensor | None, keep: bool
-    ) -> tuple[int, Tensor]:
-        call = next(self._calls)
-        tensors = {
-            "hidden": hidden_BTD.detach().to("cpu", self._wire),
-            "attention_mask": mask_BT.to("cpu", protocol.MASK_DTYPE),
-        }
+    def _cached(
+        self,
+        hidden_BTD: Tensor,
+        full_mask_BT: Tensor | None,
+        positions_BT: Tensor | None,
+        cache: SplitCache,
+        meta: dict[str, Any],
+        encoder: EncoderStates | None,
+    ) -> Tensor:
+        if torch.is_grad_enabled():
+            raise PartitionError(
+                "the model was run with a cache while gradients are on; nothing is trained through a cache. Generate "
+                "under torch.no_grad(), or pass use_cache=False."
+            )
+        new = hidden_BTD.shape[1]
+        mask_BT = _joined(cache.mask_BT, hidden_BTD) if full_mask_BT is None else full_mask_BT.to("cpu", torch.int64)
+        if cache.mask_BT is not None and not torch.equal(cache.mask_BT, mask_BT[:, :-new]):
+            raise PartitionError(
+                f"the mask [B, T] = {tuple(mask_BT.shape)} differs from the one that the cached tokens came with; "
+                "the model party holds on to that one. Begin a new cache."
+            )
+        rows_B, taken_back = cache.take_changes()
+        cached = 0 if cache.mask_BT is None else cache.mask_BT.shape[1]
+        meta |= {"cache": cache.number, "cached": cached}
+        tensors = {"hidden": hidden_BTD.detach().to("cpu", self._wire)}
+        if cached == 0:  # afterwards the other party's cache holds what it made of them
+            tensors |= self._encoder_tensors(encoder)
+        if full_mask_BT is None:
+            meta["unmasked"] = True
+        if cache.records_past:
+            meta["records_past"] = True
+        if taken_back is not None:
+            meta["taken_back"] = taken_back
+        if rows_B is not None:
+            tensors["cache_rows"] = rows_B.to(protocol.ROW_DTYPE)
+        if not bool(mask_BT[:, -new:].all()):
+            tensors["attention_mask"] = mask_BT[:, -new:].to(protocol.MASK_DTYPE)
         if positions_BT is not None:
-            positions = positions_BT.expand(hidden_BTD.shape[:2])
-            tensors["position_ids"] = positions.to("cpu", protocol.POSITION_DTYPE)
-        reply = self._link.call(self._target, protocol.FORWARD, tensors, {"call": call, "keep": keep})
+            positions = positions_BT.expand(hidden_BTD.shape[:2]).to("cpu", torch.int64)
+            meta["counted"] = torch.equal(positions, protocol.counted_positions(mask_BT)[:, -new:])
+            if not meta["counted"]:
+                tensors["position_ids"] = positions.to(protocol.POSITION_DTYPE)
+        finished = self._finished_caches()
+        if finished:
+            meta["finished"] = finished
+        self.tokens += int(mask_BT[:, -new:].sum())
+        self._caches[cache.number] = weakref.ref(cache)
+        reply = self._link.call(self._target, protocol.FORWARD, tensors, meta)
+        cache.mask_BT = mask_BT
+        return reply.tensors[self._answer].to(hidden_BTD.device, hidden_BTD.dtype)
+
+    def _finished_caches(self) -> str:
+        """Name the caches that nobody here holds any more, so that the other party lets go of its own."""
+        gone = [number for number, cache in self._caches.items() if cache() is None]
+        for number in gone:
+            del self._caches[number]
+        return ",".join(map(str, gone))
+
+    def _encoder_tensors(self, encoder: EncoderStates | None) -> dict[str, Tensor]:
+        if encoder is None:
+            return {}
+        mask_BS = torch.ones(encoder.hidden_BSD.shape[:2]) if encoder.mask_BS is None else encoder.mask_BS
+        return {
+            "encoder_hidden": encoder.hidden_BSD.detach().to("cpu", self._wire),
+            "encoder_mask": mask_BS.to("cpu", protocol.MASK_DTYPE),
+        }
+
+    def _forward(self, hidden_BTD: Tensor, opened: "_Open") -> tuple[int, Tensor]:
+        call = next(self._calls)
+        tensors = {"hidden": hidden_BTD.detach().to("cpu", self._wire), **opened.tensors}
+        reply = self._link.call(self._target, protocol.FORWARD, tensors, {"call": call, **opened.meta})
         return call, reply.tensors[self._answer].to(hidden_BTD.device, hidden_BTD.dtype)
 
-    def _backward(
-        self, call: int, grad: Tensor, like: tuple[torch.device, torch.dtype], wants_grad: bool
-    ) -> Tensor | None:
-        tensors = {"grad": grad.detach().to("cpu", self._wire)}
-        reply = self._link.call(self._target, protocol.BACKWARD, tensors, {"call": call, "wants_grad": wants_grad})
-        return reply.tensors["grad"].to(*like) if wants_grad else None
+    def _backward(self, call: int, grads: dict[str, Tensor], meta: dict[str, bool]) -> dict[str, Tensor]:
+        tensors = {name: grad.detach().to("cpu", self._wire) for name, grad in grads.items()}
+        reply = self._link.call(self._target, protocol.BACKWARD, tensors, {"call": call, **meta})
+        return dict(reply.tensors)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Open:
+    """What a forward call is made with beside the hidden state."""
+
+    segment: RemoteSegment
+    tensors: dict[str, Tensor]
+    meta: dict[str, Any]
+    wants_grad: bool
+
+
+def _joined(cached_BT: Tensor | None, hidden_BTD: Tensor) -> Tensor:
+    """Return the mask of the cached tokens followed by ones for the new ones."""
+    ones_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.int64)
+    return ones_BT if cached_BT is None else torch.cat([cached_BT, ones_BT], dim=1)
 
 
 class _Call(torch.autograd.Function):
-    """One forward call and, if it comes to that, its backward call."""
+    """One forward call and, if it comes to that, its backward call.
+
+    A decoder's takes the encoder's states as well and hands them on to the blocks behind the hole, so that these
+    blocks' gradient of them comes by here and all shares are summed one block after the other, as in the whole model.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden_BTD: Tensor,
-        mask_BT: Tensor,
-        positions_BT: Tensor | None,
-        segment: RemoteSegment,
-        keep: bool,
-        wants_grad: bool,
-    ) -> Tensor:
-        ctx.segment = segment
+        ctx: Any, hidden_BTD: Tensor, encoder_BSD: Tensor | None, opened: _Open
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        ctx.opened = opened
         ctx.like = (hidden_BTD.device, hidden_BTD.dtype)
-        ctx.wants_grad = wants_grad
-        ctx.call, answer = segment._forward(hidden_BTD, mask_BT, positions_BT, keep)
-        return answer
+        ctx.wants_encoder_grad = ctx.needs_input_grad[1]
+        ctx.call, answer = opened.segment._forward(hidden_BTD, opened)
+        ctx.answered = answer.shape
+        return answer, encoder_BSD.view_as(encoder_BSD) if encoder_BSD is not None and ctx.wants_encoder_grad else None
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None, None]:
-        hidden_grad = ctx.segment._backward(ctx.call, grads[0], ctx.like, ctx.wants_grad)
-        return hidden_grad, None, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
+        answer_grad, encoder_grad = grads
+        device, dtype = ctx.like
+        sent = {"grad": torch.zeros(ctx.answered, device=device) if answer_grad is None else answer_grad}
+        meta = {"wants_grad": ctx.opened.wants_grad}
+        if ctx.wants_encoder_grad:
+            meta["wants_encoder_grad"] = True
+        if encoder_grad is not None:
+            sent["encoder_grad"] = encoder_grad
+        back = ctx.opened.segment._backward(ctx.call, sent, meta)
+        hidden_grad, encoder_grad = (back[n].to(device, dtype) if n in back else None for n in ("grad", "encoder_grad"))
+        return hidden_grad, encoder_grad, None

@@ -1,7 +1,8 @@
 """The model party's end of a cut: answers forward, backward and step calls on its segment, for many data parties.
 
-B batch, T tokens, D hidden.  Each differentiable forward call keeps its graph until its backward call, its party's
-step, or its party's leaving.  Knows nothing of streams: it is a `Handler`, at the hub or at a node of its own.
+B batch, T tokens, S tokens that an encoder has read, D hidden.  Each differentiable forward call keeps its graph until
+its backward call, its party's step, or its party's leaving.  Knows nothing of streams: it is a `Handler`, at the hub or
+at a node of its own.
 Invariant: what a party gets back does not depend on what other parties do between its steps.
 """
 
@@ -17,7 +18,10 @@ from torch import Tensor, nn
 from vflair_flower.errors import PartyLostError, SessionError
 from vflair_flower.memory import ActivationMeter, MemoryParts, tensor_bytes
 from vflair_flower.partition import LoadedSegment, SegmentRunner, load_trained_state, make_trainable, trained_state
+from vflair_flower.partition.holes import EncoderStates
+from vflair_flower.partition.structure import Part, segments_of
 from vflair_flower.remote import protocol
+from vflair_flower.remote.caches import PartyCaches
 from vflair_flower.remote.updates import UPDATES, BodyMode, StepRequest
 from vflair_flower.session import Reply, Request
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
@@ -28,6 +32,7 @@ class _Graph:
     hidden_BTD: Tensor
     output: Tensor
     parameters: dict[str, nn.Parameter]
+    encoder_BSD: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,8 @@ class SegmentServer:
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._graphs: dict[tuple[str, int], _Graph] = {}
+        writing = list(segments_of(loaded.model.config, loaded.segment).values())[-1]
+        self._caches = PartyCaches(loaded.model.config, writing.blocks, spec.generation, deadline_s)
         self._open: set[str] = set()
         self._training = False
         self._round = 0
@@ -78,6 +85,7 @@ class SegmentServer:
         self.module.train(training)
         with self._lock:
             self._graphs.clear()
+            self._caches.clear()
             self._open = set(parties)
         self._round = server_round
         self._tokens = 0
@@ -94,6 +102,12 @@ class SegmentServer:
             self._update.end()
         self._place(self._update.parameters)
 
+    def join(self, party: str) -> None:
+        """Let a party into a session that does not train; one that left may come back, and begins with nothing."""
+        assert not self._training
+        with self._lock:
+            self._open.add(party)
+
     def leave(self, party: str, *, lost: bool) -> None:
         """Let a party go, so that nobody waits for it; a party that has left before is ignored."""
         with self._lock:
@@ -101,6 +115,7 @@ class SegmentServer:
                 return
             self._open.discard(party)
         self._drop_graphs(party)
+        self._caches.leave(party)
         if self._training:
             self._update.leave(party, lost=lost)
 
@@ -116,6 +131,14 @@ class SegmentServer:
             self.leave(request.source, lost=False)
             return Reply({})
         raise SessionError(f"the operation {request.operation!r} is unknown to the model party's segment.")
+
+    def pending_gradients(self, party: str) -> dict[str, Tensor]:
+        """Return what the party's next step will be taken with, by name."""
+        return self._update.pending(party)
+
+    def drop_gradients(self, party: str) -> None:
+        """Forget what the party has sent since its last step."""
+        self._update.drop(party)
 
     def counts(self) -> ServedCounts:
         """Return steps taken and tokens served since `begin`."""
@@ -145,7 +168,11 @@ class SegmentServer:
 
     def _forward(self, request: Request) -> Reply:
         hidden_BTD = request.tensors["hidden"].to(torch.float32)
-        mask_BT = request.tensors["attention_mask"]
+        if "cache" in request.meta:
+            return self._write(request, hidden_BTD)
+        mask_BT = request.tensors.get("attention_mask")
+        if mask_BT is None:
+            raise SessionError(f"'{request.source}' sent a hidden state without a mask, which only a cache may.")
         positions_BT = request.tensors.get("position_ids")
         if mask_BT.shape != hidden_BTD.shape[:2] or (positions_BT is not None and positions_BT.shape != mask_BT.shape):
             raise SessionError(
@@ -158,6 +185,7 @@ class SegmentServer:
                 f"'{request.source}' asked for a differentiable forward pass in a session that does not train. "
                 "Evaluate under torch.no_grad()."
             )
+        part, encoder = self._part(request), _encoder_states(request)
         with self._lock:
             self._tokens += int(mask_BT.sum())
         parameters = self._update.parameters
@@ -167,20 +195,86 @@ class SegmentServer:
             parameters = self._update.parameters_of(request.source)
         if not keep:
             with torch.no_grad():
-                output = self._run(hidden_BTD, mask_BT, positions_BT, within=self._without_dropout(parameters))
+                output = self._run(
+                    hidden_BTD,
+                    mask_BT,
+                    positions_BT,
+                    part=part,
+                    encoder=encoder,
+                    within=self._without_dropout(parameters),
+                )
             return Reply({self._answer: output.to(self._wire)})
         key = (request.source, int(request.meta["call"]))
         hidden_BTD.requires_grad_()
+        encoder_BSD = None if encoder is None else encoder.hidden_BSD.requires_grad_()
+        shape = (*hidden_BTD.shape, *(() if encoder_BSD is None else encoder_BSD.shape))
         with torch.enable_grad():
             output = self._run(
-                hidden_BTD, mask_BT, positions_BT, within=self._as_party(key, parameters, hidden_BTD.shape)
+                hidden_BTD,
+                mask_BT,
+                positions_BT,
+                part=part,
+                encoder=encoder,
+                within=self._as_party(key, parameters, shape),
             )
         with self._lock:
             if request.source in self._open:
-                self._graphs[key] = _Graph(hidden_BTD, output, parameters)
+                self._graphs[key] = _Graph(hidden_BTD, output, parameters, encoder_BSD)
             else:
                 self._meter.release(key)
         return Reply({self._answer: output.detach().to(self._wire)})
+
+    def _write(self, request: Request, hidden_BTD: Tensor) -> Reply:
+        """Answer a forward call with a cache: the new tokens of texts that are being written."""
+        party, new = request.source, request.tensors.get("attention_mask", torch.ones(hidden_BTD.shape[:2]))
+        positions_BT = request.tensors.get("position_ids")
+        unmasked = bool(request.meta.get("unmasked"))
+        if new.shape != hidden_BTD.shape[:2] or (positions_BT is not None and positions_BT.shape != new.shape):
+            raise SessionError(
+                f"'{party}' sent a hidden state of shape {tuple(hidden_BTD.shape)} with a mask of shape "
+                f"{tuple(new.shape)}; mask and position ids need one value per token."
+            )
+        with self._lock:
+            if party not in self._open:
+                raise PartyLostError(party, "it has left this session and may not generate any more")
+            self._tokens += int(new.sum())
+        self._caches.finish(party, [int(n) for n in str(request.meta.get("finished", "")).split(",") if n])
+        parameters = self._update.parameters_of(party) if self._training else self._update.parameters
+        number = int(request.meta["cache"])
+        try:
+            cache = self._caches.get(party, number, tokens=int(request.meta["cached"]))
+            taken_back = request.meta.get("taken_back")
+            cache.follow(
+                rows_B=request.tensors.get("cache_rows"),
+                taken_back=None if taken_back is None else int(taken_back),
+                records_past=bool(request.meta.get("records_past", False)),
+            )
+            mask_BT = cache.grown(new, tokens=int(request.meta["cached"]), max_length=self.spec.generation.max_length)
+            if request.meta.get("counted"):
+                positions_BT = protocol.counted_positions(mask_BT)[:, -new.shape[1] :]
+            encoder = cache.encoder_states(hidden_BTD.shape[-1]) or _encoder_states(request)
+            if encoder is not None:
+                cache.encoder_mask_BS = encoder.mask_BS
+            with torch.no_grad():
+                output = self._run(
+                    hidden_BTD,
+                    None if unmasked else mask_BT,
+                    positions_BT,
+                    part=self._part(request),
+                    encoder=encoder,
+                    cache=cache.states,
+                    logits_to_keep=int(request.meta.get("logits_to_keep", 0)),
+                    within=self._without_dropout(parameters),
+                )
+            cache.mask_BT = mask_BT
+        except Exception:
+            self._caches.finish(party, [number])  # half of its layers may have changed
+            raise
+        with self._lock:
+            left = party not in self._open
+        if left:  # while the call ran
+            self._caches.leave(party)
+        return Reply({self._answer: output.to(self._wire)})
 
     def _backward(self, request: Request) -> Reply:
         key = (request.source, int(request.meta["call"]))
@@ -192,24 +286,34 @@ class SegmentServer:
                 "differentiated before, or its step has been taken. Run backward once per forward, before the step."
             )
         wants_grad = bool(request.meta["wants_grad"])
-        inputs = list(graph.parameters.values()) + ([graph.hidden_BTD] if wants_grad else [])
-        outputs_grad = request.tensors["grad"].to(graph.output.dtype)
-        gradients = torch.autograd.grad(graph.output, inputs, outputs_grad, allow_unused=True)
+        wanted = {"grad": graph.hidden_BTD} if wants_grad else {}
+        if graph.encoder_BSD is not None and request.meta.get("wants_encoder_grad"):
+            wanted["encoder_grad"] = graph.encoder_BSD
+        inputs = [*graph.parameters.values(), *wanted.values()]
+        outputs, grads = [graph.output], [_like(graph.output, request.tensors.get("grad"), request.source)]
+        if graph.encoder_BSD is not None and "encoder_grad" in request.tensors:
+            # Autograd runs the newest node first: what the blocks behind the hole made of the encoder's states is where
+            # the sum over this segment's blocks begins, as in the whole model.
+            with torch.enable_grad():
+                outputs.append(graph.encoder_BSD.view_as(graph.encoder_BSD))
+            grads.append(_like(graph.encoder_BSD, request.tensors["encoder_grad"], request.source))
+        gradients = torch.autograd.grad(outputs, inputs, grads, allow_unused=True) if inputs else ()
         self._meter.release(key)
         own = {n: g for n, g in zip(graph.parameters, gradients, strict=False) if g is not None}
         self._update.add_gradients(request.source, own)
         held_bytes = self._update.gradient_bytes()
         with self._lock:
             self._gradient_bytes = max(self._gradient_bytes, held_bytes)
-        hidden_grad = gradients[-1] if wants_grad else None
-        return Reply({} if hidden_grad is None else {"grad": hidden_grad.to(self._wire)})
+        back = dict(zip(wanted, gradients[len(graph.parameters) :], strict=True))
+        return Reply({name: grad.to(self._wire) for name, grad in back.items() if grad is not None})
 
     def _step(self, request: Request) -> Reply:
         if not self._training:
             raise SessionError(f"'{request.source}' asked for a step in a session that does not train.")
         self._refuse_if_left(request.source)
         rows = int(request.meta["rows"])
-        if rows < 1 or not self._update.has_gradients(request.source):
+        wants = bool(self._update.parameters) and not self._update.has_gradients(request.source)
+        if rows < 1 or wants:
             raise SessionError(
                 f"'{request.source}' asked for a step over {rows} rows, and "
                 f"{'some' if self._update.has_gradients(request.source) else 'no'} gradient has come from it since its "
@@ -230,6 +334,14 @@ class SegmentServer:
         with self._lock:
             if party not in self._open:
                 raise PartyLostError(party, "it has left this round, or was never in it, and may not train any more")
+
+    def _part(self, request: Request) -> Part:
+        """Return which stack a forward call is for."""
+        name = request.meta.get("part", Part.ONLY.value)
+        try:
+            return Part(str(name))
+        except ValueError:
+            raise SessionError(f"'{request.source}' names the part {str(name)[:80]!r}, which no model has.") from None
 
     @property
     def _answer(self) -> str:
@@ -267,6 +379,31 @@ class SegmentServer:
         for name, places in self._places.items():
             for owner, leaf in places:
                 setattr(owner, leaf, parameters[name])
+
+
+def _encoder_states(request: Request) -> EncoderStates | None:
+    """Return the encoder's states of a decoder's call, if it brings them."""
+    hidden_BSD, mask_BS = (request.tensors.get(name) for name in ("encoder_hidden", "encoder_mask"))
+    if hidden_BSD is None and mask_BS is None:
+        return None
+    rows = request.tensors["hidden"].shape[0]
+    if hidden_BSD is None or mask_BS is None or mask_BS.shape != hidden_BSD.shape[:2] or len(mask_BS) != rows:
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in (hidden_BSD, mask_BS)]
+        raise SessionError(
+            f"'{request.source}' sent encoder states of shape {shapes[0]} with a mask of shape {shapes[1]} for {rows} "
+            "rows of the decoder; both must come together, with one mask value per token."
+        )
+    return EncoderStates(hidden_BSD=hidden_BSD.to(torch.float32), mask_BS=mask_BS.to(torch.int64))
+
+
+def _like(tensor: Tensor, grad: Tensor | None, party: str) -> Tensor:
+    """Return a gradient that came for `tensor`; raise SessionError if it does not fit."""
+    if grad is None or grad.shape != tensor.shape:
+        raise SessionError(
+            f"'{party}' sent a gradient of shape {None if grad is None else tuple(grad.shape)} for a tensor of shape "
+            f"{tuple(tensor.shape)}; send the gradient of what the forward call returned."
+        )
+    return grad.to(tensor.dtype)
 
 
 def _places(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, list[tuple[nn.Module, str]]]:

@@ -98,6 +98,15 @@ class Update(ABC):
             for name, gradient in gradients.items():
                 own[name] = own[name] + gradient if name in own else gradient
 
+    def pending(self, party: str) -> Gradients:
+        """Return the gradients that wait for the party's step."""
+        with self._lock:
+            return dict(self._gradients.get(party, {}))
+
+    def drop(self, party: str) -> None:
+        """Forget the gradients that wait for the party's step."""
+        self._take(party)
+
     def has_gradients(self, party: str) -> bool:
         """Whether the party has anything to step with."""
         with self._lock:
