@@ -9,7 +9,7 @@ B rows per batch, T tokens.  Text and (in Head-Body-Tail) labels never leave thi
 Invariant: batches and dropout depend on seed, party and step alone, so a resumed job repeats itself.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,17 +17,18 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from vflair_flower.clients.generation import TextGeneration, generate_texts
 from vflair_flower.clients.naming import party_name
 from vflair_flower.clients.segment import load_data_segment
 from vflair_flower.clients.session import PartySession, split_session
 from vflair_flower.clients.store import PartyStore
-from vflair_flower.control import DATA_PARTY_ROLE, HELLO, KEY, PartyCard, SessionOffer, package_versions
+from vflair_flower.control import DATA_PARTY_ROLE, GENERATE, HELLO, KEY, PartyCard, SessionOffer, package_versions
 from vflair_flower.errors import DataError
 from vflair_flower.partition import trained_state
 from vflair_flower.settings import TaskKind
 from vflair_flower.spec import SplitSpec
-from vflair_flower.tasks import BatchOrder, Row, encode
-from vflair_flower.training import Evaluated, Trained, evaluate, train_steps
+from vflair_flower.tasks import BatchOrder, Encoded, Example, Row, encode_task
+from vflair_flower.training import Evaluated, Trained, evaluate, metric_of, train_steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,20 +37,20 @@ class PartyRows:
 
     Parameters
     ----------
-    train, validation, test : tuple[Row, ...]
-        `test` may be empty.
+    train, validation, test : tuple[Example, ...]
+        Rows of the job's task (`vflair_flower.tasks.Example`); `test` may be empty.
     label_names : tuple[str, ...]
-        What the labels mean, in order of their index.
+        What the labels mean, in order of their index; empty where there are none.
     """
 
-    train: tuple[Row, ...]
-    validation: tuple[Row, ...]
-    test: tuple[Row, ...] = ()
-    label_names: tuple[str, ...]
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...] = ()
+    label_names: tuple[str, ...] = ()
 
-    def split(self, name: str) -> tuple[Row, ...]:
+    def split(self, name: str) -> tuple[Example, ...]:
         """Return the rows of a split; raise DataError for an unknown or empty one."""
-        rows: dict[str, tuple[Row, ...]] = {"train": self.train, "validation": self.validation, "test": self.test}
+        rows: dict[str, tuple[Example, ...]] = {"train": self.train, "validation": self.validation, "test": self.test}
         if not rows.get(name):
             have = ", ".join(n for n, r in rows.items() if r)
             raise DataError(f"this party has no rows in the split {name!r}; it has {have}.")
@@ -57,7 +58,7 @@ class PartyRows:
 
 
 class DataParty:
-    """The client side of split learning on labelled texts.
+    """The client side of split learning: classes, spans or texts (`vflair_flower.training.METRICS`).
 
     Parameters
     ----------
@@ -69,6 +70,8 @@ class DataParty:
         What a relative model folder is relative to.
     threads : int
         CPU threads for torch; 0 leaves torch's own choice.
+    generation : TextGeneration, optional
+        This party's prompts, for `SplitLearning.generate`.
     """
 
     def __init__(
@@ -78,8 +81,10 @@ class DataParty:
         state_dir: Path | Callable[[Context], Path],
         base_dir: Path | Callable[[Context], Path | None] | None = None,
         threads: int | Callable[[Context], int] = 0,
+        generation: TextGeneration | None = None,
     ) -> None:
         self._rows = rows
+        self._generation = generation
         self._state_dir = state_dir
         self._base_dir = base_dir
         self._threads = threads
@@ -87,6 +92,7 @@ class DataParty:
     def register(self, app: ClientApp, *, train: bool = True, evaluate: bool = True) -> None:
         """Register with a ClientApp; leave out what your own code does (`split_session`)."""
         app.query(HELLO)(self.hello)
+        app.query(GENERATE)(self.generate)
         if train:
             app.train()(self.train)
         if evaluate:
@@ -105,6 +111,7 @@ class DataParty:
         config = message.content["config"]
         spec = SplitSpec.from_json(str(config["spec"]))
         rows = self._rows(context)
+        metric_of(spec.task.kind)
         check_labels(rows, spec)
         counts = {"train": len(rows.train), "validation": len(rows.validation), "test": len(rows.test)}
         card = PartyCard(party=party_name(context), role=DATA_PARTY_ROLE, rows=counts, versions=package_versions())
@@ -134,9 +141,14 @@ class DataParty:
             evaluated = evaluate_rows(session, rows)
             report = session.report()
         if config.get("report-rows", False):
-            report = replace(report, correct=list(evaluated.correct), row_ids=[row.id for row in rows])
-        metrics = {"loss": evaluated.loss, "accuracy": evaluated.accuracy}
+            report = replace(report, scores=list(evaluated.scores), row_ids=list(evaluated.row_ids))
+        metrics = {"loss": evaluated.loss, evaluated.metric: evaluated.score}
         return session.reply(num_examples=len(rows), metrics=metrics, report=report)
+
+    def generate(self, message: Message, context: Context) -> Message:
+        """Write texts for this party's own prompts; they stay here (`vflair_flower.clients.generation`)."""
+        self._set_threads(context)
+        return generate_texts(message, context, self._generation, base_dir=self._base(context))
 
     def _base(self, context: Context) -> Path | None:
         return self._base_dir(context) if callable(self._base_dir) else self._base_dir
@@ -156,7 +168,7 @@ def train_round(session: PartySession, rows: PartyRows, store: PartyStore) -> Tr
     The optimiser's state comes from the party's store, where it was left after the round before, and goes back there.
     """
     settings, spec = session.spec.training, session.spec
-    encoded = encode(rows.train, session.tokenizer, max_tokens=settings.max_tokens)
+    encoded = _encoded(session, rows.train)
     steps = settings.steps_of_round(session.server_round, len(encoded))
     session.total_steps, session.next_step = settings.total_steps(len(encoded)), steps.start
     optimizer = spec.optimizer.build(session.trainable_parameters())
@@ -166,6 +178,7 @@ def train_round(session: PartySession, rows: PartyRows, store: PartyStore) -> Tr
     trained = train_steps(
         session.model,
         encoded,
+        kind=spec.task.kind,
         steps=steps,
         total_steps=session.total_steps,
         order=BatchOrder(
@@ -181,18 +194,27 @@ def train_round(session: PartySession, rows: PartyRows, store: PartyStore) -> Tr
         seed=spec.seed,
         name=session.party,
         meter=session.meter,
+        before_step=session.weigh,
     )
     store.save(session.server_round, {"optimizer": optimizer.state_dict(), "step": session.next_step})
     return trained
 
 
-def evaluate_rows(session: PartySession, rows: tuple[Row, ...]) -> Evaluated:
-    """Classify rows through the session."""
-    settings = session.spec.training
-    encoded = encode(rows, session.tokenizer, max_tokens=settings.max_tokens)
+def evaluate_rows(session: PartySession, rows: tuple[Example, ...]) -> Evaluated:
+    """Measure the model on rows through the session."""
     return evaluate(
-        session.model, encoded, batch_size=settings.evaluation_batch_size, pad_token_id=session.pad_token_id
+        session.model,
+        _encoded(session, rows),
+        kind=session.spec.task.kind,
+        rows=rows,
+        batch_size=session.spec.training.evaluation_batch_size,
+        pad_token_id=session.pad_token_id,
     )
+
+
+def _encoded(session: PartySession, rows: tuple[Example, ...]) -> Sequence[Encoded]:
+    spec = session.spec
+    return encode_task(spec.task.kind, rows, session.tokenizer, max_tokens=spec.training.max_tokens)
 
 
 def check_labels(rows: PartyRows, spec: SplitSpec) -> None:
@@ -208,7 +230,7 @@ def check_labels(rows: PartyRows, spec: SplitSpec) -> None:
         )
     for split in ("train", "validation", "test"):
         for row in getattr(rows, split):
-            if not 0 <= row.label < len(spec.task.label_names):
+            if isinstance(row, Row) and not 0 <= row.label < len(spec.task.label_names):
                 raise DataError(
                     f"row {row.id!r} of the split {split!r} has label {row.label}; the model takes 0 to "
                     f"{len(spec.task.label_names) - 1}. Correct the row or the label names."

@@ -108,6 +108,13 @@ class PartySession:
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         average_gradients(self._link, trained, rows=self._remote.rows_since_step)
 
+    def weigh(self, items: int) -> None:
+        """Say over how many items (rows, windows or asked tokens) the coming step's loss is the mean.
+
+        By default a step weighs as many rows as went through the model since the last one.
+        """
+        self._remote.rows_since_step = items
+
     def trainer_callback(self) -> TrainerCallback:
         """Return a callback that does for a Hugging Face `Trainer` what `attach` does for an optimiser."""
         return _StepWithTrainer(self)

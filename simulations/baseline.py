@@ -14,13 +14,14 @@ from logging import INFO
 import torch
 from flwr.common.logger import log
 
+from simulations.rows import JobData
 from simulations.settings import JobSettings
 from vflair_flower.memory import ActivationMeter
 from vflair_flower.partition import Segment, load_config, load_segment, load_tokenizer, make_trainable, resolve_model
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.settings import TrainingSettings
 from vflair_flower.spec import SplitSpec
-from vflair_flower.tasks import BatchOrder, DealSettings, EncodedRow, TextDataset, deal, encode
+from vflair_flower.tasks import BatchOrder, DealSettings, Encoded, Example, deal, encode_task
 from vflair_flower.training import Evaluated, evaluate, train_steps
 
 
@@ -29,7 +30,7 @@ class UnsplitRound:
     """One round's worth of the baseline's training."""
 
     loss: float
-    accuracy: float
+    score: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,6 @@ class Unsplit:
 
     rounds: tuple[UnsplitRound, ...]
     final: Evaluated
-    row_ids: tuple[str, ...]
     seconds: float
 
 
@@ -48,14 +48,14 @@ class JoinedOrder:
     Parameters
     ----------
     sizes : list[int]
-        Rows of each party.
-    joined : sequence of EncodedRow
-        Party 0's rows, then party 1's, and so on.
+        Rows, or windows, of each party.
+    joined : sequence of Encoded
+        Party 0's rows (of long contexts, their windows), then party 1's, and so on.
     training, seed
         As of the parties' own orders.
     """
 
-    def __init__(self, sizes: list[int], joined: Sequence[EncodedRow], training: TrainingSettings, seed: int) -> None:
+    def __init__(self, sizes: list[int], joined: Sequence[Encoded], training: TrainingSettings, seed: int) -> None:
         self._starts = [sum(sizes[:i]) for i in range(len(sizes))]
         lengths = [len(row.input_ids) for row in joined]
         self._orders = [
@@ -75,7 +75,7 @@ class JoinedOrder:
         return [start + i for start, order in pairs for i in order.indices(step)]
 
 
-def train_unsplit(settings: JobSettings, spec: SplitSpec, data: TextDataset, *, final_split: str) -> Unsplit:
+def train_unsplit(settings: JobSettings, spec: SplitSpec, data: JobData, *, final_split: str) -> Unsplit:
     """Train and evaluate the baseline; `final_split` names the rows of the final figure."""
     torch.set_num_threads(os.cpu_count() or 1)
     started = time.monotonic()
@@ -86,11 +86,19 @@ def train_unsplit(settings: JobSettings, spec: SplitSpec, data: TextDataset, *, 
     tokenizer = load_tokenizer(source)
     pad, training = int(tokenizer.pad_token_id), spec.training
     dealt = deal(data.splits["train"], settings.parties, DealSettings(kind="iid", seed=settings.seed))
-    joined = tuple(row for rows in dealt for row in rows)
-    splits = {**data.splits, "train": joined}
-    encoded = {name: encode(rows, tokenizer, max_tokens=training.max_tokens) for name, rows in splits.items()}
-    order = JoinedOrder([len(rows) for rows in dealt], encoded["train"], training, spec.seed)
-    total = training.total_steps(max(len(rows) for rows in dealt))
+    kind = spec.task.kind
+
+    def encoded(rows: Sequence[Example]) -> list[Encoded]:
+        return list(encode_task(kind, rows, tokenizer, max_tokens=training.max_tokens))
+
+    def measured(rows: Sequence[Example]) -> Evaluated:
+        size = training.evaluation_batch_size
+        return evaluate(model, encoded(rows), kind=kind, rows=rows, batch_size=size, pad_token_id=pad)
+
+    parts = [encoded(rows) for rows in dealt]
+    joined = [row for part in parts for row in part]
+    order = JoinedOrder([len(part) for part in parts], joined, training, spec.seed)
+    total = training.total_steps(max(len(part) for part in parts))
     optimizer = spec.optimizer.build([p for p in model.parameters() if p.requires_grad])
     meter = ActivationMeter(model)
     rounds = []
@@ -98,7 +106,8 @@ def train_unsplit(settings: JobSettings, spec: SplitSpec, data: TextDataset, *, 
         model.train()
         trained = train_steps(
             model,
-            encoded["train"],
+            joined,
+            kind=kind,
             steps=range(total * index // training.rounds, total * (index + 1) // training.rounds),
             total_steps=total,
             order=order,
@@ -110,15 +119,8 @@ def train_unsplit(settings: JobSettings, spec: SplitSpec, data: TextDataset, *, 
             meter=meter,
             micro_batch_size=training.batch_size,
         )
-        held_out = evaluate(model, encoded["validation"], batch_size=training.evaluation_batch_size, pad_token_id=pad)
-        rounds.append(UnsplitRound(loss=trained.loss, accuracy=held_out.accuracy))
-        log(
-            INFO, "unsplit %d/%d  loss %.3f  accuracy %.3f", index + 1, training.rounds, trained.loss, held_out.accuracy
-        )
-    final = evaluate(model, encoded[final_split], batch_size=training.evaluation_batch_size, pad_token_id=pad)
-    return Unsplit(
-        rounds=tuple(rounds),
-        final=final,
-        row_ids=tuple(row.row_id for row in encoded[final_split]),
-        seconds=time.monotonic() - started,
-    )
+        held_out = measured(data.splits["validation"])
+        rounds.append(UnsplitRound(loss=trained.loss, score=held_out.score))
+        figures = (index + 1, training.rounds, trained.loss, held_out.metric, held_out.score)
+        log(INFO, "unsplit %d/%d  loss %.3f  %s %.3f", *figures)
+    return Unsplit(rounds=tuple(rounds), final=measured(data.splits[final_split]), seconds=time.monotonic() - started)

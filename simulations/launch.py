@@ -77,12 +77,18 @@ def read_settings(run_config: list[str]) -> JobSettings:
 
 def _check(settings: JobSettings) -> None:
     """Find what is wrong with the settings before a daemon is started for them."""
-    from simulations.rows import load_dataset
+    from simulations.rows import load_dataset, task_of
+    from vflair_flower.certificate import admit
     from vflair_flower.partition import resolve_model
     from vflair_flower.partition.footprint import footprint
+    from vflair_flower.partition.sources import read_config
+    from vflair_flower.training import metric_of
 
-    data = load_dataset(settings)
-    footprint(resolve_model(settings.model, settings.base), settings.spec(data.label_names))
+    task = task_of(load_dataset(settings))
+    metric_of(task.kind)
+    source = resolve_model(settings.model, settings.base)
+    admit(read_config(source))
+    footprint(source, settings.spec(task))
 
 
 @contextmanager

@@ -9,10 +9,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from simulations.baseline import Unsplit
+from simulations.rows import JobData
 from simulations.settings import JobSettings
 from vflair_flower import __version__
 from vflair_flower.control import RoundReport
 from vflair_flower.memory import MemoryParts
+from vflair_flower.partition import load_tokenizer, resolve_model
 from vflair_flower.partition.footprint import Footprint
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.report import (
@@ -29,11 +31,12 @@ from vflair_flower.report import (
     TrafficSummary,
     observer_table,
 )
-from vflair_flower.settings import LoraSettings
+from vflair_flower.settings import LoraSettings, TaskKind
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies import SplitLearning
 from vflair_flower.tasks import Interval as Estimate
-from vflair_flower.tasks import TextDataset, bootstrap_interval, majority_accuracy, paired_bootstrap_difference
+from vflair_flower.tasks import TextDataset, encode_task, mean_interval, paired_bootstrap_difference
+from vflair_flower.training import commonest, metric_of
 
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "safetensors", "numpy", "grpcio", "ray", "flwr-datasets")
 
@@ -42,7 +45,7 @@ def make_result(
     *,
     settings: JobSettings,
     spec: SplitSpec,
-    data: TextDataset,
+    data: JobData,
     strategy: SplitLearning,
     final_reports: list[RoundReport],
     unsplit: Unsplit | None,
@@ -87,8 +90,8 @@ def make_result(
             rows={name: len(rows) for name, rows in data.splits.items()},
             evaluated_on=final_split,
         ),
-        metric=_metric(data, final_reports, unsplit, final_split, settings.seed),
-        rounds=_rounds(strategy, unsplit),
+        metric=_metric(settings, spec, data, final_reports, unsplit, final_split),
+        rounds=_rounds(strategy, unsplit, metric_of(spec.task.kind)),
         traffic=TrafficSummary(
             total_bytes=strategy.ledger.total(),
             messages=sum(e.messages for e in entries if e.tensor == "header"),
@@ -119,34 +122,37 @@ def point_latest(run_dir: Path) -> None:
     os.replace(draft, run_dir.parent / "latest")
 
 
-def write_secrets(path: Path, data: TextDataset) -> None:
+def write_secrets(path: Path, data: JobData) -> None:
     """Write down which secrets were planted, so that an audit can look for them; nothing where there are none."""
-    if data.secrets:
+    if isinstance(data, TextDataset) and data.secrets:
         path.write_text(json.dumps([asdict(secret) for secret in data.secrets], indent=1))
 
 
 def _metric(
-    data: TextDataset, reports: list[RoundReport], unsplit: Unsplit | None, final_split: str, seed: int
+    settings: JobSettings,
+    spec: SplitSpec,
+    data: JobData,
+    reports: list[RoundReport],
+    unsplit: Unsplit | None,
+    final_split: str,
 ) -> MetricSummary:
-    correct = {i: c for report in reports for i, c in zip(report.row_ids, report.correct, strict=True)}
-    ids = sorted(correct)
-    split_correct = [correct[i] for i in ids]
-    split = bootstrap_interval(split_correct, seed=seed)
-    majority = majority_accuracy(
-        [row.label for row in data.splits["train"]], [row.label for row in data.splits[final_split]]
-    )
+    scores = {i: score for report in reports for i, score in zip(report.row_ids, report.scores, strict=True)}
+    ids, seed = sorted(scores), settings.seed
+    split_scores = [scores[i] for i in ids]
+    split = mean_interval(split_scores, seed=seed)
     whole = difference = None
     if unsplit is not None:
-        own = dict(zip(unsplit.row_ids, unsplit.final.correct, strict=True))
-        unsplit_correct = [own[i] for i in ids]
-        whole = bootstrap_interval(unsplit_correct, seed=seed)
-        difference = paired_bootstrap_difference(split_correct, unsplit_correct, seed=seed)
+        own = dict(zip(unsplit.final.row_ids, unsplit.final.scores, strict=True))
+        unsplit_scores = [own[i] for i in ids]
+        whole = mean_interval(unsplit_scores, seed=seed)
+        difference = paired_bootstrap_difference(split_scores, unsplit_scores, seed=seed)
+    majority, chance = _levels(settings, spec, data, final_split)
     return MetricSummary(
-        name="accuracy",
+        name=metric_of(spec.task.kind),
         split=split.estimate,
         unsplit=None if whole is None else whole.estimate,
         majority=majority,
-        chance=1 / len(data.label_names),
+        chance=chance,
         n=len(ids),
         split_interval=_interval(split),
         unsplit_interval=None if whole is None else _interval(whole),
@@ -155,11 +161,25 @@ def _metric(
     )
 
 
+def _levels(
+    settings: JobSettings, spec: SplitSpec, data: JobData, final_split: str
+) -> tuple[float | None, float | None]:
+    """Return what the commonest answer and a blind guess would reach, where such levels exist."""
+    tokenizer = load_tokenizer(resolve_model(spec.model, settings.base))
+    train, held_out = (
+        encode_task(spec.task.kind, data.splits[split], tokenizer, max_tokens=spec.training.max_tokens)
+        for split in ("train", final_split)
+    )
+    outputs = {TaskKind.SEQUENCE_CLASSIFICATION: len(data.label_names), TaskKind.CAUSAL_LM: len(tokenizer)}
+    among = outputs.get(spec.task.kind)
+    return commonest(spec.task.kind, train, held_out), None if among is None else 1 / among
+
+
 def _interval(estimate: Estimate) -> Interval:
     return Interval(low=estimate.low, high=estimate.high, confidence=estimate.confidence, method=estimate.method)
 
 
-def _rounds(strategy: SplitLearning, unsplit: Unsplit | None) -> tuple[RoundSummary, ...]:
+def _rounds(strategy: SplitLearning, unsplit: Unsplit | None, metric: str) -> tuple[RoundSummary, ...]:
     rounds = []
     for index, record in enumerate(strategy.history):
         own = unsplit.rounds[index] if unsplit is not None and index < len(unsplit.rounds) else None
@@ -169,8 +189,8 @@ def _rounds(strategy: SplitLearning, unsplit: Unsplit | None) -> tuple[RoundSumm
                 steps=record.steps,
                 loss=record.train_metrics.get("loss"),
                 unsplit_loss=own.loss if own else None,
-                metric=record.evaluate_metrics.get("accuracy"),
-                unsplit_metric=own.accuracy if own else None,
+                metric=record.evaluate_metrics.get(metric),
+                unsplit_metric=own.score if own else None,
                 seconds=record.seconds,
                 tokens=record.tokens,
                 tokens_per_s=record.tokens / max(record.seconds.get("train", 0.0), 1e-9),
@@ -183,7 +203,7 @@ def _rounds(strategy: SplitLearning, unsplit: Unsplit | None) -> tuple[RoundSumm
 
 def _parties(strategy: SplitLearning, spec: SplitSpec, final_reports: list[RoundReport]) -> tuple[PartySummary, ...]:
     blocks = num_blocks(strategy.config)
-    own_metric = {r.party: sum(r.correct) / len(r.correct) for r in final_reports if r.correct}
+    own_metric = {r.party: sum(r.scores) / len(r.scores) for r in final_reports if r.scores}
     rows = {card.party: card.rows.get("train") for card in strategy.cards.values()}
     summaries = []
     for report in sorted(strategy.reports.values(), key=lambda r: (r.role, r.party)):

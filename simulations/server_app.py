@@ -18,13 +18,14 @@ from flwr.serverapp.strategy import FedAvg
 
 from simulations.baseline import train_unsplit
 from simulations.results import make_result, point_latest, write_secrets
-from simulations.rows import load_dataset
+from simulations.rows import load_dataset, task_of
 from simulations.settings import JobSettings, new_run_id
 from vflair_flower.errors import CheckpointError, ConfigurationError
 from vflair_flower.partition import resolve_model
 from vflair_flower.partition.footprint import footprint
 from vflair_flower.report import build_report, summary_lines
 from vflair_flower.strategies import HubSettings, SplitLearning
+from vflair_flower.training import metric_of
 
 app = ServerApp()
 
@@ -55,7 +56,9 @@ def _run(grid: Grid, settings: JobSettings, run_id: str, run_dir: Path) -> None:
         torch.set_num_threads(settings.body_threads)
     _check_nodes(grid, settings)
     data = load_dataset(settings)
-    spec = settings.spec(data.label_names)
+    task = task_of(data)
+    metric_of(task.kind)
+    spec = settings.spec(task)
     source = resolve_model(spec.model, settings.base)
     numbers = footprint(source, spec)
     write_secrets(run_dir / "secrets.json", data)

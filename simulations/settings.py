@@ -22,6 +22,8 @@ class JobSettings:
     data: str
     text_column: str
     label_column: str
+    task: str
+    max_rows: int
     data_partition: str
     alpha: float
     model: str
@@ -64,6 +66,8 @@ class JobSettings:
     def __post_init__(self) -> None:
         one_of("data-partition", self.data_partition, ("iid", "label-skew", "quantity-skew"))
         one_of("model-party", self.model_party, ("strategy", "node"))
+        if self.max_rows < 0:
+            raise ConfigurationError(f"max-rows is {self.max_rows}; choose 0 (all rows) or more.")
         if self.parties < 1:
             raise ConfigurationError(f"parties is {self.parties}; a job needs at least one data party.")
         if self.resume and self.run_id not in ("", self.resume):
@@ -115,7 +119,7 @@ class JobSettings:
         """How rows are dealt to the parties."""
         return DealSettings(kind=self.data_partition, alpha=self.alpha, seed=self.seed)  # type: ignore[arg-type]
 
-    def spec(self, label_names: tuple[str, ...]) -> SplitSpec:
+    def spec(self, task: TaskSettings) -> SplitSpec:
         """Return what all parties agree on."""
         averaging = self.averaging
         if averaging == "auto":
@@ -131,7 +135,7 @@ class JobSettings:
         return SplitSpec(
             model=self.model,
             plan=PartitionPlan(mode=parse_mode(self.mode), head_blocks=self.head_blocks, tail_blocks=self.tail_blocks),
-            task=TaskSettings(label_names=label_names),
+            task=task,
             tuning=lora,
             optimizer=OptimizerSettings(
                 name=self.optimizer,

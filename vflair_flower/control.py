@@ -20,6 +20,8 @@ HELLO = "vflair"
 """Name of the query in which parties say who they are: message type ``query.vflair``."""
 SERVE = "vflair_model_party"
 """Name of the train message that asks a model party to serve: message type ``train.vflair_model_party``."""
+GENERATE = "vflair_generate"
+"""Name of the query that asks data parties to write texts: message type ``query.vflair_generate``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,8 +134,8 @@ class RoundReport(_Record):
         Peak bytes by part (`vflair_flower.memory.MemoryParts`).
     process_peak_bytes : int
         Most resident memory of the party's whole process.
-    correct : list[bool]
-        For each evaluated row whether it was right, if the strategy asked for it; else empty.
+    scores : list[float]
+        For each evaluated row its figure in 0..1, if the strategy asked for it; else empty.
     row_ids : list[str]
         Which rows those are; else empty.
     """
@@ -147,7 +149,7 @@ class RoundReport(_Record):
     parameters_trained: int
     memory: dict[str, int]
     process_peak_bytes: int
-    correct: list[bool] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     row_ids: list[str] = field(default_factory=list)
 
 

@@ -65,7 +65,7 @@ def test_training_lowers_the_loss_and_repeats_itself(nodes, spec, body_mode):
     losses = [record.train_metrics["loss"] for record in first.history]
     assert losses[-1] < losses[0]
     assert metrics["accuracy"] == pytest.approx(
-        sum(sum(r.correct) for r in reports) / sum(len(r.correct) for r in reports)
+        sum(sum(r.scores) for r in reports) / sum(len(r.scores) for r in reports)
     )
     again, *_ = run(InProcessGrid(app, nodes), spec, body_mode=body_mode, job="again")
     assert losses == [record.train_metrics["loss"] for record in again.history]

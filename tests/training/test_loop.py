@@ -27,6 +27,7 @@ def train(setting, micro_batch_size=None, steps=3):
     trained = train_steps(
         model,
         encoded,
+        kind=TASK.kind,
         steps=range(steps),
         total_steps=steps,
         order=BatchOrder(num_rows=len(encoded), batch_size=10, seed=0, party="a"),
@@ -57,7 +58,11 @@ def test_portions_of_a_step_add_up_to_the_step(setting, tiny_bert, request):
 def test_evaluation_does_not_depend_on_how_rows_are_batched(setting):
     model, encoded = setting
     train(setting)
-    results = [evaluate(model, encoded, batch_size=size, pad_token_id=0) for size in (1, 5, 24)]
-    assert len({result.correct for result in results}) == 1
-    assert results[0].accuracy == sum(results[0].correct) / 24
+    rows = tiny_rows(0).train
+    results = [
+        evaluate(model, encoded, kind=TASK.kind, rows=rows, batch_size=size, pad_token_id=0) for size in (1, 5, 24)
+    ]
+    assert len({result.scores for result in results}) == 1
+    assert results[0].score == sum(results[0].scores) / 24
+    assert results[0].row_ids == tuple(row.id for row in rows)
     assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)

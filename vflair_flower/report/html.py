@@ -17,7 +17,7 @@ from vflair_flower.report.files import write_atomically
 from vflair_flower.report.observers import NO_ONE, grave_rows, is_second_leg, on_one_machine, tensor_name, turn
 from vflair_flower.report.page import PAGE
 from vflair_flower.report.result import ObserverRow, PartySummary, Result, RoundSummary, TrafficEntry
-from vflair_flower.report.wording import headline, verdict
+from vflair_flower.report.wording import commonest, headline, shown_name, verdict
 
 RESULT_NAME = "result.json"
 REPORT_NAME = "report.html"
@@ -69,6 +69,8 @@ def render(result: Result) -> str:
         result=result,
         headline=headline(result),
         verdict=verdict(result.metric),
+        metric_name=shown_name(result.metric),
+        commonest=commonest(result.metric),
         parts=_parts(result),
         loss_figure=_loss_figure(result.rounds),
         metric_figure=_metric_figure(result),
@@ -180,8 +182,9 @@ def _metric_figure(result: Result) -> Markup:
     rounds = result.rounds
     if all(summary.metric is None and summary.unsplit_metric is None for summary in rounds):
         return Markup("")
+    level = result.metric.majority
     lines = [
-        figures.Curve(values=[result.metric.majority], color=figures.GREY, style="dashed"),
+        *([] if level is None else [figures.Curve(values=[level], color=figures.GREY, style="dashed")]),
         figures.Curve(values=[summary.unsplit_metric for summary in rounds], color=figures.AMBER, style="wide"),
         figures.Curve(values=[summary.metric for summary in rounds], color=figures.BLUE, style="thin"),
     ]

@@ -216,6 +216,17 @@ def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_bloc
         ),
         ("forward", "up", "attention_mask"): _MASK,
         ("forward", "up", "position_ids"): _POSITIONS,
+        ("forward", "up", "encoder_hidden"): _Kind(
+            name=f"{SMASHED}: what the encoder made of the text, after its last block",
+            allows="reconstruct much of the text (model inversion)",
+            uncovered="the text of every row that was trained or evaluated on; no defence covers it",
+        ),
+        ("forward", "up", "encoder_mask"): _MASK,
+        ("forward", "up", "cache_rows"): _Kind(
+            name="row numbers: which row beam search goes on from",
+            allows="see how the search branches",
+            uncovered="the shape of the search, not the words",
+        ),
         ("forward", "up", "input_ids"): _IDS,
         ("forward", "up", "labels"): _LABELS,
         ("backward", "up", "labels"): _LABELS,
@@ -227,6 +238,7 @@ def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_bloc
     }
     last: dict[Key, _Kind] = {
         ("backward", "down", "grad"): _HEAD_GRADIENT,
+        ("backward", "down", "encoder_grad"): _HEAD_GRADIENT,
         ("average", "down", "gradient"): _Kind(
             name=f"{GRADIENT}: the mean over all parties, of heads and tails",
             allows="learn something about the other parties' batches, the more the fewer parties there are",
@@ -258,6 +270,11 @@ def _kinds(partition: Partition, *, num_blocks: int, head_blocks: int, tail_bloc
         name=f"{GRADIENT}: at the tail's cut, {tail}",
         allows="infer labels (rows of one class have gradients of like direction and length)",
         uncovered="much about the label of every row that was trained on; no defence covers it",
+    )
+    kinds[("backward", "up", "encoder_grad")] = _Kind(
+        name=f"{GRADIENT}: of the encoder's last hidden states, from the decoder's tail",
+        allows="infer words of the target text (they were made from it)",
+        uncovered="much about what every row was trained to write; no defence covers it",
     )
     return {**kinds, **last}
 

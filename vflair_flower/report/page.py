@@ -121,11 +121,11 @@ footer { margin-top:28px; color:var(--soft); font-size:13px; }
 </header>
 
 <section>
-<div class="scores" role="group" aria-label="Share of held-out texts right">
+<div class="scores" role="group" aria-label="{{ metric_name|capitalize }}">
   {% for name, value, span, color in [
       ("Trained split", metric.split, metric.split_interval, colors.split),
       ("Trained unsplit", metric.unsplit, metric.unsplit_interval, colors.unsplit),
-      ("Commonest class", metric.majority, none, "#c3c9d2")] if value is not none %}
+      (commonest|capitalize, metric.majority, none, "#c3c9d2")] if value is not none %}
   <div class="score">
     <div class="name">{{ name }}</div>
     <div class="track" style="--c:{{ color }}"><div class="fill" style="width:{{ "%.2f"|format(100 * value) }}%"></div>
@@ -135,8 +135,8 @@ footer { margin-top:28px; color:var(--soft); font-size:13px; }
   {% endfor %}
 </div>
 <p>{{ verdict }}</p>
-<p class="note">{{ metric.name|capitalize }} on {{ metric.n|counted("row") }} of “{{ result.data.name }}” ({{ result.data.evaluated_on }}), which no one trained on.
-{{ result.data.classes }} classes, blind chance {{ metric.chance|percent }}. Lines in the bars are
+<p class="note">{{ metric_name[0]|upper }}{{ metric_name[1:] }} on {{ metric.n|counted("row") }} of “{{ result.data.name }}” ({{ result.data.evaluated_on }}), which no one trained on.
+{% if result.data.classes %}{{ result.data.classes }} classes, {% endif %}{% if metric.chance is not none %}blind chance {{ metric.chance|percent }}. {% endif %}Lines in the bars are
 {{ (100 * metric.split_interval.confidence)|round|int }}{{ "\u00a0" }}% intervals, {{ metric.split_interval.method }}.</p>
 </section>
 
@@ -172,9 +172,9 @@ footer { margin-top:28px; color:var(--soft); font-size:13px; }
     <ul class="legend">{{ swatch(colors.split, "split", "line") }}{% if has_unsplit_loss %}{{ swatch(colors.unsplit, "unsplit", "wide") }}{% endif %}</ul>
     {{ loss_figure or not_recorded }}
   </figure>
-  <figure role="img" aria-label="Validation {{ metric.name }} per round">
-    <h3>Validation {{ metric.name }}</h3>
-    <ul class="legend">{{ swatch(colors.split, "split", "line") }}{% if has_unsplit_metric %}{{ swatch(colors.unsplit, "unsplit", "wide") }}{% endif %}{{ swatch(colors.majority, "commonest class", "dashed") }}</ul>
+  <figure role="img" aria-label="Validation {{ metric_name }} per round">
+    <h3>Validation {{ metric_name }}</h3>
+    <ul class="legend">{{ swatch(colors.split, "split", "line") }}{% if has_unsplit_metric %}{{ swatch(colors.unsplit, "unsplit", "wide") }}{% endif %}{% if metric.majority is not none %}{{ swatch(colors.majority, commonest, "dashed") }}{% endif %}</ul>
     {{ metric_figure or not_recorded }}
   </figure>
 </div>

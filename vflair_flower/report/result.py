@@ -18,7 +18,7 @@ from vflair_flower.errors import ConfigurationError
 from vflair_flower.report.files import write_atomically
 from vflair_flower.report.plain import from_plain, to_plain
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 Setting = str | int | float | bool | None
 
@@ -98,8 +98,8 @@ class MetricSummary:
     name: str
     split: float
     unsplit: float | None
-    majority: float
-    chance: float
+    majority: float | None
+    chance: float | None
     n: int
     split_interval: Interval
     unsplit_interval: Interval | None

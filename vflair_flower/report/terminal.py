@@ -6,7 +6,7 @@ from pathlib import Path
 from vflair_flower.report.numbers import NBSP, count, counted, duration, interval, large, percent, share, size
 from vflair_flower.report.observers import grave_rows
 from vflair_flower.report.result import PartySummary, Result
-from vflair_flower.report.wording import verdict
+from vflair_flower.report.wording import commonest, shown_name, verdict
 
 _LABEL_WIDTH = 9
 
@@ -58,13 +58,16 @@ def _result_lines(result: Result) -> list[str]:
     metric = result.metric
     confidence = f"{100 * metric.split_interval.confidence:.0f} % interval"
     lines = [
-        f"{metric.name} {percent(metric.split)} split ({confidence} {interval(metric.split_interval)}) "
+        f"{shown_name(metric)} {percent(metric.split)} split ({confidence} {interval(metric.split_interval)}) "
         f"on {counted(metric.n, f'{result.data.evaluated_on} row')}"
     ]
     if metric.unsplit is not None:
         around = f" ({interval(metric.unsplit_interval)})" if metric.unsplit_interval else ""
-        lines.append(f"{metric.name} {percent(metric.unsplit)} unsplit{around}")
-    lines.append(f"commonest class {percent(metric.majority)}, chance {percent(metric.chance)}")
+        lines.append(f"{shown_name(metric)} {percent(metric.unsplit)} unsplit{around}")
+    levels = [] if metric.majority is None else [f"{commonest(metric)} {percent(metric.majority)}"]
+    levels += [] if metric.chance is None else [f"chance {percent(metric.chance)}"]
+    if levels:
+        lines.append(", ".join(levels))
     lines.append(verdict(metric))
     return lines
 

@@ -1,11 +1,11 @@
 """One training loop for all: a data party's model with holes and the unsplit baseline run these very lines.
 
-B rows per batch, T tokens, C classes.  Steps count over the whole job.
+B rows per batch, T tokens.  Steps count over the whole job.
 Invariant: batches, learning rate and dropout depend on (seed, name, step) alone; a resumed run repeats itself.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,29 +13,17 @@ import torch
 from torch import nn
 
 from vflair_flower.memory import ActivationMeter
-from vflair_flower.settings import OptimizerSettings
-from vflair_flower.tasks import EncodedRow, collate
+from vflair_flower.settings import OptimizerSettings, TaskKind
+from vflair_flower.tasks import Encoded, collate
+from vflair_flower.training.evaluation import asked_items
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What some training steps gave: the mean loss per row and the number of rows."""
+    """What some training steps gave: the mean loss per item (row, window or asked token) and the number of rows."""
 
     loss: float
     rows: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What an evaluation gave: the mean loss per row and, for each row in order, whether it was right."""
-
-    loss: float
-    correct: tuple[bool, ...]
-
-    @property
-    def accuracy(self) -> float:
-        """The share of rows that were right."""
-        return sum(self.correct) / len(self.correct)
 
 
 class Order(Protocol):
@@ -47,8 +35,9 @@ class Order(Protocol):
 
 def train_steps(
     model: nn.Module,
-    encoded: Sequence[EncodedRow],
+    encoded: Sequence[Encoded],
     *,
+    kind: TaskKind,
     steps: range,
     total_steps: int,
     order: Order,
@@ -59,15 +48,18 @@ def train_steps(
     name: str,
     meter: ActivationMeter,
     micro_batch_size: int | None = None,
+    before_step: Callable[[int], None] = lambda items: None,
 ) -> Trained:
     """Take optimiser steps.
 
     Parameters
     ----------
     model : torch.nn.Module
-        A transformers classifier, in training mode.
-    encoded : sequence of EncodedRow
+        A transformers task model, in training mode.
+    encoded : sequence of Encoded
         The rows that `order` chooses from.
+    kind : TaskKind
+        The task.
     steps : range
         Which steps of the job's `total_steps`.
     order : Order
@@ -83,45 +75,33 @@ def train_steps(
     micro_batch_size : int, optional
         Rows per forward pass: a step's rows are then taken in portions of like length, whose gradients add up to the
         step's.  By default a step is one forward pass.
+    before_step : callable
+        Called before each optimiser step with the number of items that its loss is the mean over: rows, windows or
+        asked tokens.  It is what a party's step weighs among other parties' steps.
     """
-    total, rows = 0.0, 0
+    total, rows, seen = 0.0, 0, 0
     for step in steps:
         batch = [encoded[i] for i in order.indices(step)]
         for group in optimizer.param_groups:
             group["lr"] = settings.rate(step, total_steps)
         _seed_dropout(seed, name, step)
-        for portion in _portions(batch, micro_batch_size):
-            made = collate(portion, pad_token_id=pad_token_id)
-            with meter.measure(made.input_ids.shape, step):
-                output = model(input_ids=made.input_ids, attention_mask=made.attention_mask, labels=made.labels)
-            loss = output.loss
-            (loss if len(portion) == len(batch) else loss * (len(portion) / len(batch))).backward()
+        made = [collate(part, pad_token_id=pad_token_id) for part in _portions(batch, micro_batch_size)]
+        items = [asked_items(part, kind) for part in made]
+        for part, own_items in zip(made, items, strict=True):
+            with meter.measure(part.input_ids.shape, step):
+                loss = model(**part.inputs).loss
+            (loss if len(made) == 1 else loss * (own_items / sum(items))).backward()
             meter.release(step)
-            total += float(loss.detach()) * len(portion)
+            total += float(loss.detach()) * own_items
+        before_step(sum(items))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        seen += sum(items)
         rows += len(batch)
-    return Trained(loss=total / max(1, rows), rows=rows)
+    return Trained(loss=total / max(1, seen), rows=rows)
 
 
-def evaluate(model: nn.Module, encoded: Sequence[EncodedRow], *, batch_size: int, pad_token_id: int) -> Evaluated:
-    """Classify rows, most likely class first, batched by length; the model is left in evaluation mode."""
-    model.eval()
-    by_length = sorted(range(len(encoded)), key=lambda i: len(encoded[i].input_ids))
-    correct = [False] * len(encoded)
-    total = 0.0
-    with torch.no_grad():
-        for start in range(0, len(by_length), batch_size):
-            chosen = by_length[start : start + batch_size]
-            made = collate([encoded[i] for i in chosen], pad_token_id=pad_token_id)
-            output = model(input_ids=made.input_ids, attention_mask=made.attention_mask, labels=made.labels)
-            total += float(output.loss) * len(chosen)
-            for i, predicted in zip(chosen, output.logits.argmax(-1).tolist(), strict=True):
-                correct[i] = predicted == encoded[i].label
-    return Evaluated(loss=total / len(encoded), correct=tuple(correct))
-
-
-def _portions(batch: list[EncodedRow], size: int | None) -> list[list[EncodedRow]]:
+def _portions(batch: list[Encoded], size: int | None) -> list[list[Encoded]]:
     if size is None or size >= len(batch):
         return [batch]
     by_length = sorted(batch, key=lambda row: len(row.input_ids))
