@@ -118,6 +118,7 @@ def test_one_party_is_bit_equal_to_the_unsplit_model(models, parties, family, pl
         train_steps(
             model,
             encoded,
+            kind=spec.task.kind,
             steps=spec.training.steps_of_round(server_round, len(encoded)),
             total_steps=spec.training.total_steps(len(encoded)),
             order=BatchOrder(num_rows=len(encoded), batch_size=4, seed=3, party="party-0"),
@@ -195,6 +196,7 @@ def test_averaging_at_every_step_equals_centralised_training_with_adamw(models, 
     trained = train_steps(
         model,
         encoded,
+        kind=spec.task.kind,
         steps=range(10),
         total_steps=10,
         order=JoinedOrder([24] * 4, encoded, training, 3),

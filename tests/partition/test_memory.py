@@ -37,7 +37,7 @@ CONFIG = {
 STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 MEASURE = """
-import json, os, re, sys, threading
+import json, re, sys, threading
 import torch
 from vflair_flower.partition import PartitionPlan, Segment, load_segment, resolve_model
 from vflair_flower.settings import TaskKind, TaskSettings
@@ -76,16 +76,8 @@ def measured(tiny, folder, which):
     }
 
 torch.set_num_threads(1)
-tiny, *rest = sys.argv[1:]
-load(tiny, "whole", 4)  # everything is imported once
-for folder, which in zip(rest[::2], rest[1::2]):
-    child = os.fork()  # each load has a process of its own
-    if child == 0:
-        try:
-            print(json.dumps(measured(tiny, folder, which)), flush=True)
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+tiny, folder, which = sys.argv[1:]
+print(json.dumps(measured(tiny, folder, which)))
 """
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's count is Linux's")
@@ -130,18 +122,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def measured(checkpoints: dict[str, Path]) -> dict[tuple[str, str], dict[str, int]]:
     cases = [(stored, which) for stored in STORED for which in ("data", "model", "whole")]
-    arguments = [part for stored, which in cases for part in (str(checkpoints[stored]), which)]
-    ran = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(checkpoints["tiny"]), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=250,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
-    rows = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len(rows) == len(cases), ran.stderr
+    rows = []
+    for stored, which in cases:  # each load has a process of its own: a forked one may find torch's threads gone
+        ran = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(checkpoints["tiny"]), str(checkpoints[stored]), which],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            check=False,
+        )
+        assert ran.returncode == 0, ran.stderr
+        rows.append(json.loads(ran.stdout.splitlines()[-1]))
     for case, row in zip(cases, rows, strict=True):
         print(*case, {name: f"{value / MIB:.1f} MiB" for name, value in row.items()})
     return dict(zip(cases, rows, strict=True))
