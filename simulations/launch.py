@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / ".flwr"
 CONNECTION = "vflair"
 _START_S = 60.0
+_ATTEMPTS = 2
 
 
 def main(
@@ -49,16 +50,30 @@ def main(
     run_id = settings.resume or settings.run_id or new_run_id()
     extra = {"run-id": "" if settings.resume else run_id, "base-dir": settings.base_dir or str(Path.cwd())}
     configs = [*(run_config or []), " ".join(f"{key}={json.dumps(value)}" for key, value in extra.items())]
+    run_dir = (Path(extra["base-dir"]) / settings.runs).resolve() / run_id
+    for attempt in range(1, _ATTEMPTS + 1):
+        status, code, log_file = _run_once(configs, settings)
+        if code == 0 and status == "finished:completed" and (run_dir / "result.json").is_file():
+            return
+        if attempt == _ATTEMPTS or status != "finished:failed" or _has_begun(run_dir):
+            _fail(_cause(run_dir, status, code), log_file)
+        typer.secho("\nFlower's simulation failed before the first round; starting it once more.", err=True)
+
+
+def _run_once(configs: list[str], settings: JobSettings) -> tuple[str, int, Path]:
+    """Return how Flower says that the run ended, the exit code of `flwr run`, and the SuperLink's log."""
     with _superlink() as (environment, log_file):
         command = [_tool("flwr"), "run", str(ROOT), CONNECTION, "--stream"]
         command += [part for config in configs for part in ("--run-config", config)]
         command += ["--federation-config", _federation(settings)]
         code = subprocess.run(command, env=environment, check=False).returncode
         status = _final_status(environment) if code == 0 else "not started"
-    run_dir = (Path(extra["base-dir"]) / settings.runs).resolve() / run_id
-    if code == 0 and status == "finished:completed" and (run_dir / "result.json").is_file():
-        return
-    _fail(_cause(run_dir, status, code), log_file)
+    return status, code, log_file
+
+
+def _has_begun(run_dir: Path) -> bool:
+    """Whether the job itself has said or kept anything; else only the engine failed, as Ray does now and then."""
+    return (run_dir / "error.json").exists() or (run_dir / "checkpoints").exists()
 
 
 def read_settings(run_config: list[str]) -> JobSettings:

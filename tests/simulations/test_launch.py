@@ -13,7 +13,7 @@ from vflair_flower.report import Result
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def launch(*run_config, cwd=ROOT, home=None, timeout=280):
+def launch(*run_config, cwd=ROOT, home=None, variables=None, timeout=280):
     command = [sys.executable, "-m", "simulations.launch"]
     command += [part for config in run_config for part in ("--run-config", config)]
     environment = {
@@ -21,6 +21,7 @@ def launch(*run_config, cwd=ROOT, home=None, timeout=280):
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
         **({"HOME": str(home)} if home else {}),
+        **(variables or {}),
     }
     return subprocess.run(
         command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout, check=False
@@ -65,3 +66,12 @@ def test_failed_run_exits_with_its_cause(tmp_path, tiny_bert, easy_rows):
     assert done.returncode == 1
     assert "The run failed: ConfigurationError" in done.stderr
     assert json.loads((tmp_path / "runs" / "bad" / "error.json").read_text())["type"] == "ConfigurationError"
+
+
+def test_an_engine_that_fails_before_the_first_round_is_started_once_more(tmp_path, tiny_bert, easy_rows):
+    """Ray fails to come up now and then, and nothing is lost by a second try; that it always fails is said."""
+    small = f"model='{tiny_bert}' data='rows' parties=2 rounds=1 local-steps=1 run-id='engine'"
+    done = launch(small, cwd=tmp_path, variables={"RAY_TMPDIR": "/proc/nowhere"})
+    assert done.returncode == 1
+    assert done.stderr.count("starting it once more") == 1
+    assert "The run failed: Flower says that the run is 'finished:failed'" in done.stderr
