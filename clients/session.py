@@ -202,14 +202,11 @@ def split_session(message: Message, context: Context, *, base_dir: Path | None =
     own.model.train(offer.training)
     with connect_to(offer) as link:
         remote = RemoteSegment(link, own.spec)
-        own.channel.call = remote
-        try:
+        with own.channel.joined(remote):
             yield PartySession(message, own, link, remote)
             if offer.training and own.spec.averaging == "step":
                 link.call(AVERAGER, FINISH, {})
             remote.finish()
-        finally:
-            own.channel.call = None
 
 
 def connect_to(offer: SessionOffer) -> Link:

@@ -35,8 +35,15 @@ from vflair_flower.settings import LoraSettings, TaskKind
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies import SplitLearning
 from vflair_flower.tasks import Interval as Estimate
-from vflair_flower.tasks import TextDataset, encode_task, mean_interval, paired_bootstrap_difference
-from vflair_flower.training import commonest, metric_of
+from vflair_flower.tasks import (
+    Row,
+    TextDataset,
+    encode_task,
+    majority_accuracy,
+    mean_interval,
+    paired_bootstrap_difference,
+)
+from vflair_flower.training import commonest_token, metric_of
 
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "safetensors", "numpy", "grpcio", "ray", "flwr-datasets")
 
@@ -165,14 +172,19 @@ def _levels(
     settings: JobSettings, spec: SplitSpec, data: JobData, final_split: str
 ) -> tuple[float | None, float | None]:
     """Return what the commonest answer and a blind guess would reach, where such levels exist."""
+    if spec.task.kind is TaskKind.SEQUENCE_CLASSIFICATION:
+        known, asked = (
+            [row.label for row in data.splits[split] if isinstance(row, Row)] for split in ("train", final_split)
+        )
+        return majority_accuracy(known, asked), 1 / len(data.label_names)
+    if spec.task.kind is TaskKind.QUESTION_ANSWERING:
+        return None, None
     tokenizer = load_tokenizer(resolve_model(spec.model, settings.base))
     train, held_out = (
         encode_task(spec.task.kind, data.splits[split], tokenizer, max_tokens=spec.training.max_tokens)
         for split in ("train", final_split)
     )
-    outputs = {TaskKind.SEQUENCE_CLASSIFICATION: len(data.label_names), TaskKind.CAUSAL_LM: len(tokenizer)}
-    among = outputs.get(spec.task.kind)
-    return commonest(spec.task.kind, train, held_out), None if among is None else 1 / among
+    return commonest_token(train, held_out), 1 / len(tokenizer)
 
 
 def _interval(estimate: Estimate) -> Interval:

@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
-from transformers.utils import logging
 
 from vflair_flower.certificate.compare import Certificate, certify
 from vflair_flower.certificate.tiny import TINY, shrink
 from vflair_flower.errors import ConfigurationError, ModelError
 from vflair_flower.partition import Mode, ModelSource
-from vflair_flower.partition.loading import tasks_of
-from vflair_flower.partition.sources import load_config, read_config
+from vflair_flower.partition.loading import tasks_of, without_reports
+from vflair_flower.partition.sources import read_config, set_task
 from vflair_flower.partition.structure import FAMILIES, Family, family_name, modes_of
 from vflair_flower.settings import TaskSettings
 
@@ -115,8 +114,10 @@ def admit(config: PreTrainedConfig) -> None:
 
 def load_admitted_config(source: ModelSource, task: TaskSettings) -> PreTrainedConfig:
     """Read a model's configuration for a task, as `load_config` does, and certify its family at first use."""
-    admit(read_config(source))
-    return load_config(source, task)
+    config = read_config(source)
+    admit(config)
+    set_task(config, task, source.location)
+    return config
 
 
 def cells(rows: list[Certificate]) -> tuple[list[str], list[tuple[str, list[str]]]]:
@@ -148,17 +149,10 @@ def _mark(row: Certificate) -> str:
 
 
 def _certify_tasks(name: str, config: PreTrainedConfig) -> Iterable[Certificate]:
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
+    with without_reports():
         for kind in tasks_of(config):
             for mode in modes_of(config):
                 yield certify(name, config, kind, mode)
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
 
 
 def _likely_family(config: PreTrainedConfig) -> Family:

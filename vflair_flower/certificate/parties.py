@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from vflair_flower.partition import LoadedSegment, Mode, ModelSource, PartitionPlan, Segment, load_segment
 from vflair_flower.partition.loading import task_class
-from vflair_flower.partition.sources import load_config
+from vflair_flower.partition.sources import load_config, set_task
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import MODEL_PARTY, BodyMode, RemoteSegment, SegmentServer, agreement_for
 from vflair_flower.session import Hub, connect
@@ -58,7 +58,7 @@ def plan_of(mode: Mode) -> PartitionPlan:
 def checkpoint(config: PreTrainedConfig, kind: TaskKind) -> Iterator[ModelSource]:
     """Write a random checkpoint of a task model; it is deleted afterwards."""
     task = task_settings(kind)
-    config.num_labels = 2 if kind is TaskKind.QUESTION_ANSWERING else max(1, len(task.label_names))
+    set_task(config, task, "tiny")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = task_class(config, task)(config)
@@ -106,11 +106,10 @@ def open_parties(
         )
         with link:
             remote = RemoteSegment(link, spec)
-            own.channel.call = remote
             for model in (whole, own.model):
                 model.train()
-            yield Parties(spec=spec, whole=whole, own=own, server=server, remote=remote)
-            own.channel.call = None
+            with own.channel.joined(remote):
+                yield Parties(spec=spec, whole=whole, own=own, server=server, remote=remote)
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ Text stays in this process; hidden states leave it, and in Head-Tail logits come
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -267,18 +267,15 @@ def open_conversation(
         session=ticket.session,
         party=ticket.party,
         ticket=ticket.ticket,
-        agreement=agreement_for(replace(spec), config),
+        agreement=agreement_for(spec, config),
         deadline_s=ticket.deadline_s,
         root_certificates=ticket.root_certificates.encode() or None,
         allow_plaintext=ticket.allow_plaintext,
     ) as link:
         remote = RemoteSegment(link, spec)
-        own.channel.call = remote
-        try:
+        with own.channel.joined(remote):
             yield Conversation(spec, segment_model, own, tokenizer, link)
             remote.finish()
-        finally:
-            own.channel.call = None
 
 
 def read_adapter(folder: Path | None) -> Adapter | None:

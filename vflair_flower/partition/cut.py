@@ -8,6 +8,7 @@ Invariant: the parties' segments together equal the uncut model, bit for bit in 
 
 import inspect
 from collections.abc import Mapping
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -138,10 +139,9 @@ def _join_stack(model: PreTrainedModel, stack: Stack, segment: Segment, channel:
             channel.cache.leave()
         channel.cache = channel.encoder = None
 
-    def before_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before_block(place: int, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if channel.encoder is None:
             return None
-        place = list(inspect.signature(block.forward).parameters).index(_CROSSED[0])
         if place < len(args):
             return (*args[:place], channel.encoder.hidden_BSD, *args[place + 1 :]), kwargs
         return args, {**kwargs, _CROSSED[0]: channel.encoder.hidden_BSD}
@@ -150,7 +150,9 @@ def _join_stack(model: PreTrainedModel, stack: Stack, segment: Segment, channel:
     stack.host.register_forward_hook(after_stack, with_kwargs=True)
     if stack.part is Part.DECODER:
         for index in segment.blocks[segment.gap :]:
-            stack.blocks[index].register_forward_pre_hook(before_block, with_kwargs=True)
+            block = stack.blocks[index]
+            place = list(inspect.signature(block.forward).parameters).index(_CROSSED[0])
+            block.register_forward_pre_hook(partial(before_block, place), with_kwargs=True)
 
 
 def _join_model(model: PreTrainedModel, stack: Stack, segment: Segment, channel: Channel) -> None:

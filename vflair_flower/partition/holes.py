@@ -6,6 +6,8 @@ Invariant: a hole has no parameters of its own, and calls the other party exactl
 encoder and a decoder has a hole in each.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -60,7 +62,7 @@ class SegmentCall(Protocol):
 class Channel:
     """Joins the holes of one model: what the forward pass was called with, and where a hole's call goes.
 
-    `call` is set for as long as a session is open; a forward pass without one raises SessionClosedError.
+    `call` is set for as long as a session is open (`joined`); a forward pass without one raises SessionClosedError.
     """
 
     def __init__(self) -> None:
@@ -72,6 +74,15 @@ class Channel:
         self.encoder: EncoderStates | None = None
         self.logits_to_keep = 0
         self.returned: Tensor | None = None
+
+    @contextmanager
+    def joined(self, call: SegmentCall) -> Iterator[None]:
+        """Let the hole call another party's segment inside the block."""
+        self.call = call
+        try:
+            yield
+        finally:
+            self.call = None
 
     def send(self, hidden_BTD: Tensor) -> Tensor:
         """Run the hole: returns what the other party's segment makes of `hidden_BTD`."""
@@ -136,12 +147,12 @@ class RemoteBlock(PassThrough):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Send the hidden state, return what comes back."""
         hidden = _hidden(args, kwargs)
-        returned = self.channel.send(batch_first(hidden, self.family))
+        returned = self.channel.send(swap_time(hidden, self.family))
         if self.keep_for_head:
             self.channel.returned = returned
             returned = hidden.detach()
-        elif self.family.time_first:
-            returned = returned.transpose(0, 1).contiguous()
+        else:
+            returned = swap_time(returned, self.family)
         return self.family.block_returns(returned, args, kwargs)
 
 
@@ -193,8 +204,8 @@ class FirstToken(nn.Module):
         return hidden_BTD[:, 0]
 
 
-def batch_first(hidden: Tensor, family: Family) -> Tensor:
-    """Return ``[B, T, D]`` of what a block takes or returns."""
+def swap_time(hidden: Tensor, family: Family) -> Tensor:
+    """Return ``[B, T, D]`` of what a block takes or returns, and the other way round: blocks may want ``[T, B, D]``."""
     return hidden.transpose(0, 1).contiguous() if family.time_first else hidden
 
 

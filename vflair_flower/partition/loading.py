@@ -65,20 +65,19 @@ class LoadedSegment:
 
 def task_class(config: PreTrainedConfig, task: TaskSettings) -> type[PreTrainedModel]:
     """Return transformers' class for a model family and a task; raise ModelError if there is none."""
-    mapping: Any = _TASK_CLASSES.get(task.kind, {})
-    # transformers has causal classes for encoders too; on an encoder's weights they would see the words to come.
-    reads_ahead = task.kind is TaskKind.CAUSAL_LM and family_of(config).encoder
-    if type(config) not in mapping or reads_ahead:
+    known = tasks_of(config)
+    if task.kind not in known:
         raise ModelError(
             f"transformers has no {task.kind.value} class for the model family {config.model_type!r}. "
-            f"Choose another model, or a task it has: {', '.join(kind.value for kind in tasks_of(config)) or 'none'}."
+            f"Choose another model, or a task it has: {', '.join(kind.value for kind in known) or 'none'}."
         )
-    return _first(mapping[type(config)])
+    return classes_of(config, [task.kind])[0]
 
 
 def tasks_of(config: PreTrainedConfig) -> tuple[TaskKind, ...]:
     """Return the tasks for which transformers has a class for this model family."""
     found = [kind for kind, mapping in _TASK_CLASSES.items() if type(config) in mapping]
+    # transformers has causal classes for encoders too; on an encoder's weights they would see the words to come.
     if family_of(config).encoder and TaskKind.CAUSAL_LM in found:
         found.remove(TaskKind.CAUSAL_LM)
     return tuple(found)
@@ -206,11 +205,13 @@ def _quiet() -> Iterator[None]:
 
     One at a time: parties may be threads of one process, and its verbosity and random numbers are the process's.
     """
-    with _one_at_a_time:
-        yield from _without_reports()
+    with _one_at_a_time, without_reports():
+        yield
 
 
-def _without_reports() -> Iterator[None]:
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Keep transformers' warnings and progress bars off the terminal inside the block."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -6,6 +6,7 @@ positions and rotary angles are computed as in the whole model; only the hidden 
 
 import inspect
 import threading
+from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from vflair_flower.errors import PartitionError
 from vflair_flower.partition.caching import cache_argument
-from vflair_flower.partition.holes import EncoderStates, batch_first
+from vflair_flower.partition.holes import EncoderStates, swap_time
 from vflair_flower.partition.plan import Segment
 from vflair_flower.partition.structure import Part, family_of, find_stacks, segments_of, task_head_places
 
@@ -37,13 +38,15 @@ class SegmentRunner:
         self._leaving: Tensor | None = None
         self._family = family_of(model.config)
         self._runs: dict[Part, PreTrainedModel] = {}
+        self._accepts: dict[Part, Collection[str]] = {}
         owned = segments_of(model.config, segment)
         for stack in find_stacks(model):
             own = owned[stack.part].blocks
             stack.blocks[own[0]].register_forward_pre_hook(self._enter, with_kwargs=True)
             last = task_head_places(model)[-1].module if segment.task_head else stack.blocks[own[-1]]
             last.register_forward_hook(self._leave)
-            self._runs[stack.part] = model if segment.task_head else stack.host
+            self._runs[stack.part] = runs = model if segment.task_head else stack.host
+            self._accepts[stack.part] = inspect.signature(runs.forward).parameters
             self._cache_argument = cache_argument(inspect.signature(stack.host.forward).parameters)
 
     def __call__(
@@ -93,8 +96,7 @@ class SegmentRunner:
                 f"states, and the model's parts are {', '.join(self._runs)}; a decoder needs them and nothing else "
                 "takes them. Name the part, and pass the states to a decoder only."
             )
-        runs = self._runs[part]
-        accepts = inspect.signature(runs.forward).parameters
+        runs, accepts = self._runs[part], self._accepts[part]
         mask_BT = torch.ones(hidden_BTD.shape[:2], dtype=torch.int64, device=hidden_BTD.device)
         inputs: dict[str, Any] = {}
         if attention_mask_BT is not None:
@@ -114,7 +116,7 @@ class SegmentRunner:
         if logits_to_keep and "logits_to_keep" in accepts:
             inputs["logits_to_keep"] = logits_to_keep
         with self._lock, within or nullcontext():
-            self._entering = hidden_BTD.transpose(0, 1).contiguous() if self._family.time_first else hidden_BTD
+            self._entering = swap_time(hidden_BTD, self._family)
             try:
                 runs(**inputs)
                 leaving = self._leaving
@@ -136,4 +138,4 @@ class SegmentRunner:
 
     def _leave(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
         leaving = output[0] if isinstance(output, tuple) else output
-        self._leaving = leaving if self._segment.task_head else batch_first(leaving, self._family)
+        self._leaving = leaving if self._segment.task_head else swap_time(leaving, self._family)

@@ -121,6 +121,18 @@ def load_config(source: ModelSource, task: TaskSettings) -> PreTrainedConfig:
         If there is no such model, no hub can be reached, or the family has no certificate.
     """
     config = read_config(source)
+    set_task(config, task, source.location)
+    return config
+
+
+def set_task(config: PreTrainedConfig, task: TaskSettings, location: str) -> None:
+    """Set a task's labels in a model's configuration; `location` is for the error.
+
+    Raises
+    ------
+    ModelError
+        If the family has no certificate, or the checkpoint's task head is for another number of classes.
+    """
     family_of(config)
     if task.kind is TaskKind.SEQUENCE_REGRESSION:
         config.num_labels = 1
@@ -128,19 +140,18 @@ def load_config(source: ModelSource, task: TaskSettings) -> PreTrainedConfig:
     if task.kind is TaskKind.QUESTION_ANSWERING:
         config.num_labels = 2  # where the answer starts and where it ends
     if task.kind is TaskKind.SEQUENCE_CLASSIFICATION:
-        _check_classes(config, source, task)
+        _check_classes(config, location, task)
         config.id2label = dict(enumerate(task.label_names))
         config.label2id = {name: index for index, name in enumerate(task.label_names)}
         config.problem_type = "single_label_classification"
-    return config
 
 
-def _check_classes(config: PreTrainedConfig, source: ModelSource, task: TaskSettings) -> None:
+def _check_classes(config: PreTrainedConfig, location: str, task: TaskSettings) -> None:
     """Refuse a checkpoint whose task head was trained for another number of classes."""
     has_head = any("ForSequenceClassification" in name for name in config.architectures or ())
     if has_head and config.num_labels != len(task.label_names):
         raise ModelError(
-            f"the checkpoint {source.location!r} has a task head of {config.num_labels} classes, and the job's data "
+            f"the checkpoint {location!r} has a task head of {config.num_labels} classes, and the job's data "
             f"has {len(task.label_names)}; labels beyond the head would have no output. Use data of the checkpoint's "
             "classes, or a checkpoint without a task head."
         )

@@ -173,12 +173,7 @@ class SegmentServer:
         mask_BT = request.tensors.get("attention_mask")
         if mask_BT is None:
             raise SessionError(f"'{request.source}' sent a hidden state without a mask, which only a cache may.")
-        positions_BT = request.tensors.get("position_ids")
-        if mask_BT.shape != hidden_BTD.shape[:2] or (positions_BT is not None and positions_BT.shape != mask_BT.shape):
-            raise SessionError(
-                f"'{request.source}' sent a hidden state of shape {tuple(hidden_BTD.shape)} with a mask of shape "
-                f"{tuple(mask_BT.shape)}; mask and position ids need one value per token."
-            )
+        positions_BT = _positions(request, hidden_BTD, mask_BT)
         keep = bool(request.meta["keep"])
         if keep and not self._training:
             raise SessionError(
@@ -227,13 +222,8 @@ class SegmentServer:
     def _write(self, request: Request, hidden_BTD: Tensor) -> Reply:
         """Answer a forward call with a cache: the new tokens of texts that are being written."""
         party, new = request.source, request.tensors.get("attention_mask", torch.ones(hidden_BTD.shape[:2]))
-        positions_BT = request.tensors.get("position_ids")
+        positions_BT = _positions(request, hidden_BTD, new)
         unmasked = bool(request.meta.get("unmasked"))
-        if new.shape != hidden_BTD.shape[:2] or (positions_BT is not None and positions_BT.shape != new.shape):
-            raise SessionError(
-                f"'{party}' sent a hidden state of shape {tuple(hidden_BTD.shape)} with a mask of shape "
-                f"{tuple(new.shape)}; mask and position ids need one value per token."
-            )
         with self._lock:
             if party not in self._open:
                 raise PartyLostError(party, "it has left this session and may not generate any more")
@@ -379,6 +369,17 @@ class SegmentServer:
         for name, places in self._places.items():
             for owner, leaf in places:
                 setattr(owner, leaf, parameters[name])
+
+
+def _positions(request: Request, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor | None:
+    """Return a call's position ids, if it has some; raise SessionError if they or the mask do not fit its tokens."""
+    positions_BT = request.tensors.get("position_ids")
+    if mask_BT.shape != hidden_BTD.shape[:2] or (positions_BT is not None and positions_BT.shape != mask_BT.shape):
+        raise SessionError(
+            f"'{request.source}' sent a hidden state of shape {tuple(hidden_BTD.shape)} with a mask of shape "
+            f"{tuple(mask_BT.shape)}; mask and position ids need one value per token."
+        )
+    return positions_BT
 
 
 def _encoder_states(request: Request) -> EncoderStates | None:

@@ -24,7 +24,6 @@ from vflair_flower.tasks import (
     IGNORED,
     Batch,
     Encoded,
-    EncodedRow,
     EncodedWindow,
     Example,
     SpanRow,
@@ -194,19 +193,10 @@ def _first_choices(logits_BTV: Tensor, labels_BT: Tensor, *, shifted: bool) -> t
     return ((chosen_BT == labels_BT) & asked_BT).sum(-1), asked_BT.sum(-1)
 
 
-def commonest(kind: TaskKind, train: Sequence[Encoded], held_out: Sequence[Encoded]) -> float | None:
-    """Return what always giving the commonest answer of the training rows scores, or None where there is none.
-
-    Classes: the commonest class.  Language models: the commonest asked token, mean over rows.  Spans: None.
-    """
-    if kind is TaskKind.SEQUENCE_CLASSIFICATION:
-        answers = [[int(row.label)] for row in train if isinstance(row, EncodedRow)]
-        asked = [[int(row.label)] for row in held_out if isinstance(row, EncodedRow)]
-    elif kind is TaskKind.QUESTION_ANSWERING:
-        return None
-    else:
-        answers = [_asked_tokens(row) for row in train]
-        asked = [_asked_tokens(row) for row in held_out]
+def commonest_token(train: Sequence[Encoded], held_out: Sequence[Encoded]) -> float:
+    """Return the token accuracy, mean over held-out rows, of always answering the token most often asked in train."""
+    answers = [_asked_tokens(row) for row in train]
+    asked = [_asked_tokens(row) for row in held_out]
     counts = torch.bincount(torch.tensor([token for row in answers for token in row]))
     first = int(counts.argmax())  # of equals, the smallest
     return sum(row.count(first) / max(1, len(row)) for row in asked) / len(asked)
