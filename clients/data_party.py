@@ -175,6 +175,8 @@ def train_round(session: PartySession, rows: PartyRows, store: PartyStore) -> Tr
     saved = store.load(session.server_round - 1)
     if saved is not None:
         optimizer.load_state_dict(saved["optimizer"])
+        if session.ranks is not None:
+            session.ranks.load_state(saved["ranks"])
     trained = train_steps(
         session.model,
         encoded,
@@ -194,9 +196,11 @@ def train_round(session: PartySession, rows: PartyRows, store: PartyStore) -> Tr
         seed=spec.seed,
         name=session.party,
         meter=session.meter,
+        micro_batch_size=settings.micro_batch_size or None,
         before_step=session.weigh,
     )
-    store.save(session.server_round, {"optimizer": optimizer.state_dict(), "step": session.next_step})
+    ranks = {} if session.ranks is None else {"ranks": session.ranks.state()}
+    store.save(session.server_round, {"optimizer": optimizer.state_dict(), "step": session.next_step, **ranks})
     return trained
 
 

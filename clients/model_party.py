@@ -84,7 +84,7 @@ class ModelParty:
         offer = SessionOffer.from_content(message.content)
         spec = SplitSpec.from_json(offer.spec)
         source, segment = self._segment(spec, context)
-        loaded = load_segment(source, segment, spec.task, seed=spec.seed)
+        loaded = load_segment(source, segment, spec.task, weights=spec.weights, seed=spec.seed)
         mode = BodyMode(offer.body_mode)
         server = SegmentServer(loaded, spec, body_mode=mode, deadline_s=offer.deadline_s)
         state_dir = self._state_dir(context) if callable(self._state_dir) else self._state_dir

@@ -29,8 +29,10 @@ from vflair_flower.clients.segment import DataSegment, load_data_segment
 from vflair_flower.control import KEY, RoundReport, SessionOffer
 from vflair_flower.memory import ActivationMeter, MemoryParts, optimizer_bytes, process_peak_bytes, tensor_bytes
 from vflair_flower.partition import load_tokenizer, load_trained_state, trained_state
+from vflair_flower.partition.ranks import RankBudget
 from vflair_flower.remote import RemoteSegment, parameter_counts
 from vflair_flower.remote.averaging import average_gradients
+from vflair_flower.remote.clipping import clip_gradients
 from vflair_flower.remote.protocol import AVERAGER, FINISH
 from vflair_flower.session import Agreement, Link, connect
 from vflair_flower.spec import SplitSpec
@@ -63,6 +65,8 @@ class PartySession:
         self.next_step = 0
         """Number of the next optimiser step over the whole job; counts up."""
         self.meter = ActivationMeter(own.model)
+        self.ranks = RankBudget.of(own.model)
+        """What is left of AdaLoRA's ranks, if the job tunes by it; its state goes from round to round."""
         self._link = link
         self._remote = remote
         self._steps = 0
@@ -98,15 +102,20 @@ class PartySession:
     def step(self) -> None:
         """Tell the model party that an optimiser step is due; `attach` does it by itself."""
         self._remote.step(step=self.next_step, total_steps=self.total_steps)
+        if self.ranks is not None:
+            self.ranks.after_step(self.next_step, self.total_steps)
         self.next_step += 1
         self._steps += 1
 
     def before_step(self) -> None:
-        """Average this party's gradients with the others', where the job does so at every step; `attach` calls it."""
-        if self.spec.averaging != "step":
-            return
+        """Average gradients with the other parties', and clip them, where the job does so; `attach` calls it."""
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        average_gradients(self._link, trained, rows=self._remote.rows_since_step)
+        if self.spec.averaging == "step":
+            average_gradients(self._link, trained, rows=self._remote.rows_since_step)
+        if self.spec.optimizer.max_grad_norm:
+            clip_gradients(trained.values(), self._remote, self.spec.optimizer)
+        if self.ranks is not None:
+            self.ranks.add_penalty()
 
     def weigh(self, items: int) -> None:
         """Say over how many items (rows, windows or asked tokens) the coming step's loss is the mean.
@@ -228,7 +237,7 @@ class _StepWithTrainer(TrainerCallback):
         self._session = session
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Average with the other parties, right before the step here."""
+        """Average and clip with the other parties, right before the step here."""
         self._session.before_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

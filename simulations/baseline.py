@@ -5,6 +5,7 @@ every step the batch that the batches of evenly dealt parties make together.  Ho
 difference to it.  It exists to be compared with; in a deployment nobody could run it.
 """
 
+import itertools
 import os
 import time
 from collections.abc import Sequence
@@ -17,7 +18,17 @@ from flwr.common.logger import log
 from simulations.rows import JobData
 from simulations.settings import JobSettings
 from vflair_flower.memory import ActivationMeter
-from vflair_flower.partition import Segment, load_config, load_segment, load_tokenizer, make_trainable, resolve_model
+from vflair_flower.partition import (
+    Segment,
+    checkpoint_blocks,
+    freeze_part,
+    load_config,
+    load_segment,
+    load_tokenizer,
+    make_trainable,
+    resolve_model,
+)
+from vflair_flower.partition.ranks import RankBudget
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.settings import TrainingSettings
 from vflair_flower.spec import SplitSpec
@@ -78,13 +89,18 @@ class JoinedOrder:
 def train_unsplit(settings: JobSettings, spec: SplitSpec, data: JobData, *, final_split: str) -> Unsplit:
     """Train and evaluate the baseline; `final_split` names the rows of the final figure."""
     torch.set_num_threads(os.cpu_count() or 1)
-    started = time.monotonic()
+    started, training = time.monotonic(), spec.training
     source = resolve_model(spec.model, settings.base)
     blocks = num_blocks(load_config(source, spec.task))
-    loaded = load_segment(source, Segment.whole(blocks), spec.task, seed=spec.seed)
+    weights = spec.weights
+    loaded = load_segment(source, Segment.whole(blocks), spec.task, weights=weights, seed=spec.seed)
     model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+    if spec.scope == "local":
+        freeze_part(loaded.model, spec.plan.model_party(blocks))
+    if training.gradient_checkpointing:
+        checkpoint_blocks(loaded)
     tokenizer = load_tokenizer(source)
-    pad, training = int(tokenizer.pad_token_id), spec.training
+    pad = int(tokenizer.pad_token_id)
     dealt = deal(data.splits["train"], settings.parties, DealSettings(kind="iid", seed=settings.seed))
     kind = spec.task.kind
 
@@ -99,7 +115,22 @@ def train_unsplit(settings: JobSettings, spec: SplitSpec, data: JobData, *, fina
     joined = [row for part in parts for row in part]
     order = JoinedOrder([len(part) for part in parts], joined, training, spec.seed)
     total = training.total_steps(max(len(part) for part in parts))
-    optimizer = spec.optimizer.build([p for p in model.parameters() if p.requires_grad])
+    trained_parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = spec.optimizer.build(trained_parameters)
+    ranks, counted = RankBudget.of(model), itertools.count()
+
+    def before_step(*_: object) -> None:
+        if spec.optimizer.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained_parameters, spec.optimizer.max_grad_norm)
+        if ranks is not None:
+            ranks.add_penalty()
+
+    def after_step(*_: object) -> None:
+        if ranks is not None:
+            ranks.after_step(next(counted), total)
+
+    optimizer.register_step_pre_hook(before_step)
+    optimizer.register_step_post_hook(after_step)
     meter = ActivationMeter(model)
     rounds = []
     for index in range(training.rounds):
@@ -117,7 +148,7 @@ def train_unsplit(settings: JobSettings, spec: SplitSpec, data: JobData, *, fina
             seed=spec.seed,
             name="joined",
             meter=meter,
-            micro_batch_size=training.batch_size,
+            micro_batch_size=training.micro_batch_size or training.batch_size,
         )
         held_out = measured(data.splits["validation"])
         rounds.append(UnsplitRound(loss=trained.loss, score=held_out.score))

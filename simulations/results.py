@@ -31,7 +31,7 @@ from vflair_flower.report import (
     TrafficSummary,
     observer_table,
 )
-from vflair_flower.settings import LoraSettings, TaskKind
+from vflair_flower.settings import TaskKind
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies import SplitLearning
 from vflair_flower.tasks import Interval as Estimate
@@ -45,6 +45,7 @@ from vflair_flower.tasks import (
 )
 from vflair_flower.training import commonest_token, metric_of
 
+_METHODS = {"lora": "LoRA", "dora": "DoRA", "adalora": "AdaLoRA"}
 _PACKAGES = ("flwr", "torch", "transformers", "peft", "safetensors", "numpy", "grpcio", "ray", "flwr-datasets")
 
 
@@ -87,7 +88,7 @@ def make_result(
             head_blocks=plan.head_blocks,
             body_blocks=blocks - plan.head_blocks - plan.tail_blocks,
             tail_blocks=plan.tail_blocks,
-            tuning=_tuning(spec.tuning),
+            tuning=_tuning(spec),
             trainable_parameters=footprint.whole_trained,
         ),
         data=DataSummary(
@@ -239,8 +240,13 @@ def _parties(strategy: SplitLearning, spec: SplitSpec, final_reports: list[Round
     return tuple(summaries)
 
 
-def _tuning(tuning: LoraSettings | None) -> str:
-    return "all parameters" if tuning is None else f"LoRA r={tuning.rank}"
+def _tuning(spec: SplitSpec) -> str:
+    lora = spec.tuning
+    what = "all parameters" if lora is None else f"{_METHODS[lora.method]} r={lora.rank}"
+    where = " at the data parties" if spec.scope == "local" else ""
+    weights = [spec.weights.quantization] if spec.weights.quantization != "none" else []
+    weights += [spec.weights.dtype] if spec.weights.dtype != "float32" else []
+    return f"{what}{where}{' on ' + ' '.join(weights) if weights else ''}"
 
 
 def _versions() -> dict[str, str]:

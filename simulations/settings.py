@@ -10,7 +10,14 @@ from typing import Any, Self
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import PartitionPlan
 from vflair_flower.partition.plan import parse_mode
-from vflair_flower.settings import LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings, one_of
+from vflair_flower.settings import (
+    LoraSettings,
+    OptimizerSettings,
+    TaskSettings,
+    TrainingSettings,
+    WeightSettings,
+    one_of,
+)
 from vflair_flower.spec import SplitSpec
 from vflair_flower.tasks import DealSettings
 
@@ -34,18 +41,25 @@ class JobSettings:
     tail_blocks: int
     body_mode: str
     lora_rank: int
+    lora_method: str
     lora_alpha: int
     lora_dropout: float
     lora_targets: str
+    scope: str
+    weights_dtype: str
+    quantization: str
     optimizer: str
     learning_rate: float
     weight_decay: float
     schedule: str
     warmup_fraction: float
+    max_grad_norm: float
     rounds: int
     passes: float
     local_steps: int
     batch_size: int
+    micro_batch_size: int
+    gradient_checkpointing: bool
     evaluation_batch_size: int
     max_tokens: int
     group_by_length: bool
@@ -129,7 +143,11 @@ class JobSettings:
             None
             if not self.lora_rank
             else LoraSettings(
-                rank=self.lora_rank, alpha=self.lora_alpha, dropout=self.lora_dropout, target_modules=targets
+                method=self.lora_method,
+                rank=self.lora_rank,
+                alpha=self.lora_alpha,
+                dropout=self.lora_dropout,
+                target_modules=targets,
             )
         )
         return SplitSpec(
@@ -137,18 +155,23 @@ class JobSettings:
             plan=PartitionPlan(mode=parse_mode(self.mode), head_blocks=self.head_blocks, tail_blocks=self.tail_blocks),
             task=task,
             tuning=lora,
+            scope=self.scope,
+            weights=WeightSettings(dtype=self.weights_dtype, quantization=self.quantization),
             optimizer=OptimizerSettings(
                 name=self.optimizer,
                 learning_rate=self.learning_rate,
                 weight_decay=self.weight_decay,
                 schedule=self.schedule,
                 warmup_fraction=self.warmup_fraction,
+                max_grad_norm=self.max_grad_norm,
             ),
             training=TrainingSettings(
                 rounds=self.rounds,
                 passes=self.passes,
                 local_steps=self.local_steps,
                 batch_size=self.batch_size,
+                micro_batch_size=self.micro_batch_size,
+                gradient_checkpointing=self.gradient_checkpointing,
                 evaluation_batch_size=self.evaluation_batch_size,
                 max_tokens=self.max_tokens,
                 group_by_length=self.group_by_length,

@@ -13,6 +13,17 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 
 _POLL_S = 0.1
+_REASON_CHARS = 800
+_WRAPPED = "Exception ClientAppException occurred. Message: "
+
+
+def reason_of(reply: Message) -> str:
+    """Return why a node failed, in its own last words; of a traceback that Ray has wrapped, the error's message."""
+    words = " ".join((reply.error.reason or "").split())
+    words = words.rpartition(_WRAPPED)[2].rstrip("'>")
+    if len(words) > _REASON_CHARS:
+        words = words[:_REASON_CHARS] + " ..."
+    return words or f"its handler failed with Flower's error code {reply.error.code}"
 
 
 class SessionGrid(Grid):

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 from vflair_flower.control import HELLO, MODEL_PARTY_ROLE, PartyCard, package_versions
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.spec import SplitSpec
+from vflair_flower.strategies.grid import reason_of
 
 _POLL_S = 0.5
 
@@ -46,8 +47,7 @@ def meet(
     ask = ConfigRecord({"spec": spec.to_json(), "want-arrays": want_arrays})
     asked = [Message(RecordDict({"config": ask}), dst_node_id=n, message_type=f"query.{HELLO}") for n in nodes]
     replies = sorted(grid.send_and_receive(asked, timeout=timeout_s), key=lambda reply: reply.metadata.src_node_id)
-    failed = [(r.metadata.src_node_id, " ".join((r.error.reason or "").split())) for r in replies if r.has_error()]
-    problems = [f"node {node}: {reason}" for node, reason in failed]
+    problems = [f"node {r.metadata.src_node_id}: {reason_of(r)}" for r in replies if r.has_error()]
     silent = set(nodes) - {r.metadata.src_node_id for r in replies}
     problems += [f"node {node}: no answer within {timeout_s:g} s" for node in sorted(silent)]
     if problems:

@@ -21,11 +21,11 @@ from vflair_flower.remote.averaging import GradientAverager
 from vflair_flower.remote.protocol import AVERAGER
 from vflair_flower.session import Agreement, Handler, Hub, HubSession
 from vflair_flower.spec import SplitSpec
+from vflair_flower.strategies.grid import reason_of
 from vflair_flower.strategies.hub_settings import HubSettings
 
 _GRACE_S = 5.0
 """How long to wait for Flower's word on a party that the hub has seen go."""
-_REASON_CHARS = 400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,8 +143,8 @@ class RoundSession:
         """Count a party whose handler failed as lost at once, not when somebody's deadline passes."""
         party = self.nodes.get(reply.metadata.src_node_id)
         if party is not None and reply.has_error():
-            self._failures.setdefault(party, _reason(reply))
-            self.session.expel(party, _reason(reply))
+            self._failures.setdefault(party, reason_of(reply))
+            self.session.expel(party, reason_of(reply))
 
     def may_still_come(self, missing: set[int]) -> bool:
         """Whether the replies of these nodes are worth waiting for; also shows progress."""
@@ -179,7 +179,7 @@ class RoundSession:
         for reply in sorted(replies, key=lambda r: self.nodes.get(r.metadata.src_node_id, "")):
             party = self.nodes[reply.metadata.src_node_id]
             if reply.has_error():
-                lost.setdefault(party, _reason(reply))
+                lost.setdefault(party, reason_of(reply))
                 continue
             reports.append(RoundReport.from_content(reply.content))
             if party == MODEL_PARTY:
@@ -235,13 +235,6 @@ class RoundSession:
             f"{seconds:.0f} s",
         ]
         log(INFO, "\t    %s", "  ".join(words))
-
-
-def _reason(reply: Message) -> str:
-    words = " ".join((reply.error.reason or "").split())
-    if len(words) > _REASON_CHARS:
-        words = words[:_REASON_CHARS] + " ..."
-    return words or f"its handler failed with Flower's error code {reply.error.code}"
 
 
 def _report_of_body(body: SegmentServer, seconds: float) -> RoundReport:

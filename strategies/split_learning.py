@@ -28,6 +28,7 @@ from vflair_flower.control import GENERATE, KEY, MODEL_PARTY_ROLE, SERVE, PartyC
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import load_segment, refuse_trained_copies, resolve_model, save_merged_adapter
 from vflair_flower.partition.footprint import footprint
+from vflair_flower.partition.merging import SPEC_FILE, TRAINED_FILE
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import MODEL_PARTY, BodyMode, SegmentServer, agreement_for
 from vflair_flower.session import Ledger
@@ -154,7 +155,7 @@ class SplitLearning(Strategy):
         )
         self._body: SegmentServer | None = None
         if model_party == "strategy":
-            loaded = load_segment(source, segment, spec.task, seed=spec.seed)
+            loaded = load_segment(source, segment, spec.task, weights=spec.weights, seed=spec.seed)
             self._body = SegmentServer(loaded, spec, body_mode=BodyMode(body_mode), deadline_s=deadline_s)
         self._shared_body_state: dict[str, Tensor] | None = None
         self._open: RoundSession | None = None
@@ -295,7 +296,8 @@ class SplitLearning(Strategy):
         """Write what all segments trained into one folder; False if a node holds the body and does not share it.
 
         Under LoRA the folder is a PEFT adapter that plain `PeftModel.from_pretrained` loads on the full model; without,
-        it holds the trained parameters in ``trained.safetensors``, by their names in the full model.
+        it holds the trained parameters in ``trained.safetensors``, by their names in the full model.  `merge_model`
+        makes a whole model of either.
         """
         body = self.body_state()
         if body is None:
@@ -306,7 +308,8 @@ class SplitLearning(Strategy):
         else:
             folder.mkdir(parents=True, exist_ok=True)
             tensors = {name: tensor.contiguous() for name, tensor in {**data_parties, **body}.items()}
-            save_file(tensors, folder / "trained.safetensors")
+            save_file(tensors, folder / TRAINED_FILE)
+        (folder / SPEC_FILE).write_text(self.spec.to_json())
         return True
 
     # ---- Flower's hooks ----

@@ -158,6 +158,22 @@ def report(
         typer.echo(line)
 
 
+@app.command()
+def merge(
+    adapter: Annotated[Path, typer.Argument(help="Folder `adapter` of a run, such as runs/latest/adapter.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; must not exist, or be empty.")],
+    model: Annotated[str | None, typer.Option(help="The base model; by default where the job had it.")] = None,
+) -> None:
+    """Write the whole model with what a run trained; transformers' own from_pretrained loads it."""
+    from vflair_flower.partition.merging import merge_model
+
+    try:
+        merged = merge_model(adapter, out, model=model)
+    except VflairError as error:
+        _fail(error)
+    typer.echo(f"{out}: {type(merged).__name__}, {sum(p.numel() for p in merged.parameters()):,} parameters")
+
+
 @app.command("export-segment")
 def export_segment_command(
     model: Annotated[str, typer.Option(help="A local folder or a hub id: the whole model.")],

@@ -16,6 +16,7 @@ from pydantic.dataclasses import dataclass
 from vflair_flower.errors import ConfigurationError
 
 SettingsClass = TypeVar("SettingsClass")
+WEIGHT_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
@@ -109,23 +110,55 @@ class TaskSettings:
 
 
 @settings
+class WeightSettings:
+    """How every party keeps its segment's weights.
+
+    Parameters
+    ----------
+    dtype : str
+        ``"float32"``, or ``"bfloat16"``: half the memory; LoRA's own matrices stay float32.
+    quantization : str
+        ``"none"``, ``"int8"`` (LLM.int8, Dettmers et al., arXiv 2208.07339) or ``"nf4"`` (QLoRA, Dettmers et al., arXiv
+        2305.14314): 8 or 4 bits per frozen weight, by bitsandbytes; only with LoRA.
+    """
+
+    dtype: str = "float32"
+    quantization: str = "none"
+
+    def __post_init__(self) -> None:
+        one_of("dtype", self.dtype, tuple(WEIGHT_DTYPES))
+        one_of("quantization", self.quantization, ("none", "int8", "nf4"))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of weights that are not quantised, and of hidden states."""
+        return WEIGHT_DTYPES[self.dtype]
+
+
+@settings
 class LoraSettings:
     """LoRA (Hu et al., arXiv 2106.09685) on every segment, by PEFT.
 
     Parameters
     ----------
+    method : str
+        ``"lora"``; ``"dora"`` (Liu et al., arXiv 2402.09353): the norms of the weights' rows are trained as well; or
+        ``"adalora"`` (Zhang et al., arXiv 2303.10512): ranks go where they matter most, from 1.5 times `rank` down to
+        `rank` on average over each segment (`vflair_flower.partition.ranks`).
     rank, alpha, dropout
         As in `peft.LoraConfig`.
     target_modules : tuple[str, ...]
         Modules that get adapters; empty for PEFT's own choice for the family.
     """
 
+    method: str = "lora"
     rank: int = 8
     alpha: int = 16
     dropout: float = 0.0
     target_modules: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        one_of("method", self.method, ("lora", "dora", "adalora"))
         if self.rank < 1:
             raise ConfigurationError(f"the LoRA rank is {self.rank}; choose 1 or more, or no LoRA to train everything.")
         if self.alpha < 1:
@@ -152,6 +185,9 @@ class OptimizerSettings:
         ``"linear"`` falls from `learning_rate` to 0 over the job, ``"constant"`` does not.
     warmup_fraction : float
         Part of the job's steps in which the rate rises from 0.
+    max_grad_norm : float
+        Gradients are scaled down to this norm, taken over the whole model: the parties tell each other the squares of
+        theirs.  0 leaves them as they are.
     """
 
     name: str = "adamw"
@@ -159,6 +195,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     schedule: str = "linear"
     warmup_fraction: float = 0.0
+    max_grad_norm: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("optimizer", self.name, ("adamw", "sgd"))
@@ -169,6 +206,8 @@ class OptimizerSettings:
             raise ConfigurationError(f"weight_decay is {self.weight_decay}; choose 0 (none) or more.")
         if not 0.0 <= self.warmup_fraction < 1.0:
             raise ConfigurationError(f"warmup_fraction is {self.warmup_fraction}; choose 0 <= warmup_fraction < 1.")
+        if not 0.0 <= self.max_grad_norm < math.inf:
+            raise ConfigurationError(f"max_grad_norm is {self.max_grad_norm}; choose 0 (no clipping) or more.")
 
     def rate(self, step: int, total_steps: int) -> float:
         """Return the learning rate of step `step` (from 0); a pure function, so that a resume repeats it."""
@@ -178,6 +217,10 @@ class OptimizerSettings:
         if self.schedule == "constant":
             return self.learning_rate
         return self.learning_rate * max(0.0, (total_steps - step) / max(1.0, total_steps - warmup))
+
+    def clip_factor(self, norm: float) -> float:
+        """Return what gradients of this norm are multiplied by, as `torch.nn.utils.clip_grad_norm_` does."""
+        return min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm else 1.0
 
     def build(self, parameters: "list[torch.nn.Parameter]") -> torch.optim.Optimizer:
         """Return a torch optimiser over `parameters`, which may be none: a frozen segment has nothing to step."""
@@ -201,6 +244,11 @@ class TrainingSettings:
         Optimiser steps per round and party; 0 divides `passes` evenly over the rounds.
     batch_size : int
         Rows per party and step.
+    micro_batch_size : int
+        Rows per forward pass in training: a batch is taken in portions of like length, whose gradients add up to the
+        batch's (gradient accumulation); 0 takes it whole.
+    gradient_checkpointing : bool
+        Keep only what goes into each block, and compute the block again in the backward pass: less memory, more time.
     evaluation_batch_size : int
         Rows per forward pass in evaluation.
     max_tokens : int
@@ -213,6 +261,8 @@ class TrainingSettings:
     passes: float = 3.0
     local_steps: int = 0
     batch_size: int = 8
+    micro_batch_size: int = 0
+    gradient_checkpointing: bool = False
     evaluation_batch_size: int = 32
     max_tokens: int = 64
     group_by_length: bool = False
@@ -221,6 +271,8 @@ class TrainingSettings:
         for name in ("rounds", "batch_size", "evaluation_batch_size", "max_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; choose 1 or more.")
+        if self.micro_batch_size < 0:
+            raise ConfigurationError(f"micro_batch_size is {self.micro_batch_size}; choose 0 (a whole batch) or more.")
         if self.local_steps < 0:
             raise ConfigurationError(f"local_steps is {self.local_steps}; choose 0 (by passes) or more.")
         if self.local_steps == 0 and not 0.0 < self.passes < math.inf:

@@ -16,6 +16,7 @@ from vflair_flower.settings import (
     OptimizerSettings,
     TaskSettings,
     TrainingSettings,
+    WeightSettings,
     in_words,
     one_of,
     settings,
@@ -34,10 +35,12 @@ class SplitSpec:
         A local folder, a hub id, or ``"minilm-l6"``; every party resolves it on its own machine.
     plan : PartitionPlan
         The cut.
-    task, optimizer, training, generation
+    task, optimizer, training, generation, weights
         See their classes.
     tuning : LoraSettings or None
         LoRA on every segment, or None to train all parameters.
+    scope : str
+        ``"full"``: all parties train their segments; ``"local"``: the data parties alone, the model party's is frozen.
     wire_dtype : str
         What hidden states and gradients are cast to before they are sent, in both directions; anything but
         ``"float32"`` ends bit equality with the unsplit model.
@@ -52,6 +55,8 @@ class SplitSpec:
     plan: PartitionPlan = PartitionPlan()
     task: TaskSettings
     tuning: LoraSettings | None = LoraSettings()
+    scope: str = "full"
+    weights: WeightSettings = WeightSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings = TrainingSettings()
     generation: GenerationSettings = GenerationSettings()
@@ -62,6 +67,22 @@ class SplitSpec:
     def __post_init__(self) -> None:
         one_of("wire_dtype", self.wire_dtype, tuple(WIRE_DTYPES))
         one_of("averaging", self.averaging, ("round", "step"))
+        one_of("scope", self.scope, ("full", "local"))
+        if self.weights.quantization == "int8" and self.tuning is not None and self.tuning.method == "dora":
+            raise ConfigurationError(
+                "quantization is 'int8' and the LoRA method 'dora', and bitsandbytes loses the scales of such matrices "
+                "when PEFT reads them in a forward pass. Use 'nf4', or the method 'lora'."
+            )
+        if self.scope == "local" and self.tuning is not None and self.tuning.method == "adalora":
+            raise ConfigurationError(
+                "scope is 'local' and the LoRA method 'adalora', which would take the frozen segment's ranks for "
+                "unimportant ones in the unsplit model. Use 'lora' or 'dora', or scope 'full'."
+            )
+        if self.weights.quantization != "none" and self.tuning is None:
+            raise ConfigurationError(
+                f"quantization is {self.weights.quantization!r} and all parameters are to be trained; rounded weights "
+                "cannot be. Use LoRA, whose own matrices are not rounded, or no quantization."
+            )
 
     def to_json(self) -> str:
         """Return the specification as JSON text."""

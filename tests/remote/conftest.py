@@ -2,16 +2,28 @@
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from vflair_flower.partition import Mode, ModelSource, PartitionPlan, Segment, load_segment, make_trainable
+from vflair_flower.partition import (
+    Mode,
+    ModelSource,
+    PartitionPlan,
+    Segment,
+    checkpoint_blocks,
+    freeze_part,
+    load_segment,
+    make_trainable,
+)
+from vflair_flower.partition.ranks import RankBudget
 from vflair_flower.remote import BodyMode, RemoteSegment, SegmentServer
+from vflair_flower.remote.clipping import clip_gradients
 from vflair_flower.session import Handler, Reply, Request
 from vflair_flower.settings import LoraSettings, OptimizerSettings, TaskKind, TaskSettings
 from vflair_flower.spec import SplitSpec
@@ -46,6 +58,8 @@ class Party:
         self.model, self.channel = house.load(house.spec.plan.data_party(NUM_BLOCKS))
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = house.spec.optimizer.build(list(self.parameters.values()))
+        self.norms: list[float] = []
+        self.ranks = RankBudget.of(self.model)
         self.link = DirectLink(server, name)
         self.join()
 
@@ -73,8 +87,14 @@ class Party:
         self.optimizer.zero_grad()
         loss = self.loss(step)
         loss.backward()
+        if self._house.spec.optimizer.max_grad_norm:
+            self.norms.append(clip_gradients(self.parameters.values(), self.remote, self._house.spec.optimizer))
+        if self.ranks is not None:
+            self.ranks.add_penalty()
         self.optimizer.step()
         self.remote.step(step=step, total_steps=total_steps)
+        if self.ranks is not None:
+            self.ranks.after_step(step, total_steps)
         return float(loss.detach())
 
 
@@ -86,15 +106,22 @@ class House:
     source: ModelSource
 
     def load(self, segment: Segment) -> tuple[nn.Module, object]:
-        loaded = load_segment(self.source, segment, self.spec.task, seed=self.spec.seed)
-        return make_trainable(loaded, self.spec.tuning, self.spec.task, seed=self.spec.seed).train(), loaded.channel
+        spec = self.spec
+        loaded = load_segment(self.source, segment, spec.task, weights=spec.weights, seed=spec.seed)
+        model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed, scope=spec.scope).train()
+        if spec.scope == "local" and segment == WHOLE:
+            freeze_part(loaded.model, spec.plan.model_party(NUM_BLOCKS))
+        if spec.training.gradient_checkpointing:
+            checkpoint_blocks(loaded)
+        return model, loaded.channel
 
     def whole(self) -> nn.Module:
         return self.load(WHOLE)[0]
 
     def server(self, mode: BodyMode = BodyMode.SYNCHRONOUS, deadline_s: float = 20.0) -> SegmentServer:
         segment = self.spec.plan.model_party(NUM_BLOCKS)
-        loaded = load_segment(self.source, segment, self.spec.task, seed=self.spec.seed)
+        spec = self.spec
+        loaded = load_segment(self.source, segment, spec.task, weights=spec.weights, seed=spec.seed)
         return SegmentServer(loaded, self.spec, body_mode=mode, deadline_s=deadline_s)
 
     def party(self, name: str, server: SegmentServer) -> Party:
@@ -138,7 +165,9 @@ def tiny_llamas(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def make_house(tiny_llamas: dict[str, Path]) -> Callable[..., House]:
     """Builds a `House`: `make_house("plain", mode=Mode.HT, lora=True, wire_dtype="bfloat16")`."""
 
-    def make(model: str = "plain", *, mode: Mode = Mode.HBT, lora: bool = False, wire_dtype: str = "float32") -> House:
+    def make(
+        model: str = "plain", *, mode: Mode = Mode.HBT, lora: bool = False, wire_dtype: str = "float32", **more: Any
+    ) -> House:
         writes = model == "tied"
         kind = TaskKind.CAUSAL_LM if writes else TaskKind.SEQUENCE_CLASSIFICATION
         spec = SplitSpec(
@@ -146,10 +175,11 @@ def make_house(tiny_llamas: dict[str, Path]) -> Callable[..., House]:
             plan=PartitionPlan(mode=mode, head_blocks=1, tail_blocks=1 if mode is Mode.HBT else 0),
             task=TaskSettings(kind=kind, label_names=() if writes else ("a", "b", "c")),
             tuning=LoraSettings(rank=2, alpha=4, dropout=0.2 if model == "dropout" else 0.0) if lora else None,
-            optimizer=OptimizerSettings(learning_rate=0.01),
+            optimizer=more.pop("optimizer", OptimizerSettings(learning_rate=0.01)),
             wire_dtype=wire_dtype,
             seed=3,
         )
+        spec = replace(spec, **more)
         return House(spec, ModelSource(name=model, location=str(tiny_llamas[model])))
 
     return make

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vflair_flower.errors import CheckpointError
 from vflair_flower.partition import Segment, load_trained_state, trained_state
+from vflair_flower.partition.merging import TRAINED_FILE
 from vflair_flower.settings import LoraSettings
 
 
@@ -41,15 +42,18 @@ class Adapter:
         CheckpointError
             If neither is there, or cannot be read.
         """
-        whole = folder / "trained.safetensors"
+        whole = folder / TRAINED_FILE
         weights = whole if whole.is_file() else folder / "adapter_model.safetensors"
         try:
             tuning = None
             if weights is not whole:
                 settings = json.loads((folder / "adapter_config.json").read_text())
-                targets = settings["target_modules"]
+                targets, ada = settings["target_modules"], settings.get("peft_type") == "ADALORA"
                 tuning = LoraSettings(
-                    rank=settings["r"], alpha=settings["lora_alpha"], target_modules=tuple(sorted(targets))
+                    method="adalora" if ada else "dora" if settings.get("use_dora") else "lora",
+                    rank=settings["target_r" if ada else "r"],
+                    alpha=settings["lora_alpha"],
+                    target_modules=tuple(sorted(targets)),
                 )
             tensors = load_file(weights)
             digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:16]
@@ -80,6 +84,8 @@ def load_own_part(model: nn.Module, segment: Segment, adapter: Adapter) -> None:
     """
     own = trained_state(model)
     missing = sorted(own.keys() - adapter.tensors.keys())
+    if len(missing) == len(own) and not segment.embedding:
+        return  # trained at the data parties alone; as drawn, LoRA changes nothing
     if missing:
         raise CheckpointError(
             f"the adapter lacks {len(missing)} tensors of this segment ({segment.describe()}), the first is "

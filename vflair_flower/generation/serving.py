@@ -112,7 +112,7 @@ class ModelServer:
             tls=settings.tls,
             allow_plaintext=settings.allow_plaintext,
         )
-        loaded = load_segment(source, self.segment, spec.task)
+        loaded = load_segment(source, self.segment, spec.task, weights=spec.weights)
         self._server = SegmentServer(loaded, self.spec, body_mode=BodyMode.SYNCHRONOUS, deadline_s=settings.deadline_s)
         if adapter is not None:
             load_own_part(self._server.module, self.segment, adapter)

@@ -254,7 +254,7 @@ def open_conversation(
             f"the model party's adapter is {theirs}, this party's {mine}; parts of two jobs do not fit together. Give "
             "the same folder with --adapter at both sides, or none at either."
         )
-    own = load_segment(source, spec.plan.data_party(num_blocks(config)), spec.task)
+    own = load_segment(source, spec.plan.data_party(num_blocks(config)), spec.task, weights=spec.weights)
     segment_model: nn.Module = own.model
     if adapter is not None:
         segment_model = make_trainable(own, adapter.tuning, spec.task, seed=0)

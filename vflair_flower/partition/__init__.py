@@ -1,6 +1,7 @@
 """Cut a transformers model and load, tune and merge its segments."""
 
 from vflair_flower.partition.adapters import (
+    freeze_part,
     load_trained_state,
     make_trainable,
     refuse_trained_copies,
@@ -12,6 +13,7 @@ from vflair_flower.partition.cut import cut
 from vflair_flower.partition.holes import Channel, SegmentCall
 from vflair_flower.partition.loading import LoadedSegment, load_segment, load_tokenizer
 from vflair_flower.partition.plan import Mode, PartitionPlan, Segment
+from vflair_flower.partition.recompute import checkpoint_blocks
 from vflair_flower.partition.runner import SegmentRunner
 from vflair_flower.partition.sources import DEFAULT_MODEL, ModelSource, load_config, resolve_model
 
@@ -26,7 +28,9 @@ __all__ = [
     "SegmentCall",
     "SegmentRunner",
     "SplitCache",
+    "checkpoint_blocks",
     "cut",
+    "freeze_part",
     "load_config",
     "load_segment",
     "load_tokenizer",

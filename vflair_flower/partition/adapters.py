@@ -5,20 +5,30 @@ on the full model.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vflair_flower.errors import CheckpointError, PartitionError
-from vflair_flower.partition.loading import LoadedSegment, draw_normal, generator_for
-from vflair_flower.partition.plan import Mode, PartitionPlan
-from vflair_flower.partition.structure import family_of, task_head_places
+from vflair_flower.partition.loading import LoadedSegment, draw_normal, generator_for, quiet
+from vflair_flower.partition.plan import Mode, PartitionPlan, Segment
+from vflair_flower.partition.structure import family_of, find_stacks, outside_stack, segments_of, task_head_places
 from vflair_flower.settings import LoraSettings, TaskKind, TaskSettings
 
 _PEFT_TASKS = {
@@ -38,16 +48,18 @@ def lora_config(
     PEFT itself adds the task head to the modules that are trained whole when it is told the task, and would copy the
     holes that stand for it; a segment's configuration therefore names no task.
     """
-    return LoraConfig(
-        r=settings.rank,
-        lora_alpha=settings.alpha,
-        lora_dropout=settings.dropout,
-        target_modules=target_modules(config, settings),
-        modules_to_save=modules_to_save or None,
-        task_type=None if task is None else _PEFT_TASKS.get(task.kind),
-        base_model_name_or_path=config.name_or_path or None,
-        inference_mode=task is not None,
-    )
+    common: dict[str, Any] = {
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "target_modules": target_modules(config, settings),
+        "modules_to_save": modules_to_save or None,
+        "task_type": None if task is None else _PEFT_TASKS.get(task.kind),
+        "base_model_name_or_path": config.name_or_path or None,
+        "inference_mode": task is not None,
+    }
+    if settings.method == "adalora":  # how long the job is, which PEFT wants to know, is said at each step
+        return AdaLoraConfig(init_r=math.ceil(1.5 * settings.rank), target_r=settings.rank, total_step=10**9, **common)
+    return LoraConfig(r=settings.rank, use_dora=settings.method == "dora", **common)
 
 
 def target_modules(config: PreTrainedConfig, settings: LoraSettings) -> list[str]:
@@ -111,7 +123,9 @@ def refuse_trained_copies(
         )
 
 
-def make_trainable(loaded: LoadedSegment, settings: LoraSettings | None, task: TaskSettings, *, seed: int) -> nn.Module:
+def make_trainable(
+    loaded: LoadedSegment, settings: LoraSettings | None, task: TaskSettings, *, seed: int, scope: str = "full"
+) -> nn.Module:
     """Make a loaded segment ready for training, in place.
 
     Parameters
@@ -124,6 +138,8 @@ def make_trainable(loaded: LoadedSegment, settings: LoraSettings | None, task: T
         Decides which modules are trained whole.
     seed : int
         LoRA's A matrices are drawn from it and their global names (Kaiming uniform, as PEFT does); B starts at zero.
+    scope : str
+        ``"local"`` freezes a segment without the embedding: the model party's.
 
     Returns
     -------
@@ -135,11 +151,15 @@ def make_trainable(loaded: LoadedSegment, settings: LoraSettings | None, task: T
     PartitionError
         If nothing in the segment matches LoRA's target modules.
     """
+    if scope == "local" and not loaded.segment.embedding:
+        loaded.model.requires_grad_(False)
+        return loaded.model
     if settings is None:
         return loaded.model
     config = lora_config(loaded.model.config, settings, None, trainable_head_modules(loaded, task))
     try:
-        tuned: PeftModel = get_peft_model(loaded.model, config)
+        with quiet():
+            tuned: PeftModel = get_peft_model(loaded.model, config)
     except ValueError as error:
         raise PartitionError(
             f"no module of this segment ({loaded.segment.describe()}) gets LoRA: {error} "
@@ -147,7 +167,10 @@ def make_trainable(loaded: LoadedSegment, settings: LoraSettings | None, task: T
         ) from error
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
-            if ".lora_A." in name:
+            if settings.method == "adalora":
+                if ".lora_A." in name or ".lora_B." in name:  # the third matrix, E, starts at zero
+                    draw_normal(parameter, name, seed, 0.02)
+            elif ".lora_A." in name:
                 bound = math.sqrt(1.0 / parameter.shape[1])  # kaiming_uniform_(a=sqrt(5)) of an [r, in] matrix
                 parameter.uniform_(-bound, bound, generator=generator_for(seed, name))
             elif ".lora_embedding_B." in name:  # of an embedding, A is the one that starts at zero
@@ -155,14 +178,50 @@ def make_trainable(loaded: LoadedSegment, settings: LoraSettings | None, task: T
     return tuned
 
 
+def freeze_part(model: PreTrainedModel, segment: Segment) -> None:
+    """Freeze, in a whole model, what `segment` owns: what is another party's and not trained by it."""
+    owned = segments_of(model.config, segment)
+    for stack in find_stacks(model):
+        for index in owned[stack.part].blocks:
+            stack.blocks[index].requires_grad_(False)
+        if segment.task_head:
+            for place in outside_stack(stack.host, stack.name)[1]:
+                place.module.requires_grad_(False)
+    for place in task_head_places(model) if segment.task_head else ():
+        place.module.requires_grad_(False)
+
+
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return what is trained, by global name: the adapters, or all trainable parameters. Detached, on the CPU."""
+    """Return what is trained, by global name: the adapters, or all trainable parameters.
+
+    Detached, on the CPU; bfloat16, which Flower's arrays do not know, becomes float32.
+    """
     if isinstance(model, PeftModel):
         # PEFT's own choice asks the hub each time, and adds whole embeddings where they have adapters.
-        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+        with _at_full_rank(model):
+            state = get_peft_model_state_dict(model, save_embedding_layers=False)
     else:
         state = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return {name: tensor.detach().cpu().clone() for name, tensor in sorted(state.items())}
+    found = {name: tensor.detach().cpu() for name, tensor in sorted(state.items())}
+    return {name: t.float() if t.dtype is torch.bfloat16 else t.clone() for name, t in found.items()}
+
+
+@contextmanager
+def _at_full_rank(model: PeftModel) -> Iterator[None]:
+    """Keep PEFT from cutting AdaLoRA's matrices to the ranks that are left: parties could not average them any more.
+
+    What was taken away is zero, so a model that loads them whole computes the same.
+    """
+    config = model.active_peft_config
+    pattern = getattr(config, "rank_pattern", None)
+    if not isinstance(config, AdaLoraConfig) or pattern is None:
+        yield
+        return
+    config.rank_pattern = None
+    try:
+        yield
+    finally:
+        config.rank_pattern = pattern
 
 
 def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -175,7 +234,8 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
             "It comes from another cut, model or tuning; use the settings of the job that wrote it."
         )
     if isinstance(model, PeftModel):
-        set_peft_model_state_dict(model, dict(state))
+        with _at_full_rank(model):
+            set_peft_model_state_dict(model, dict(state))
         return
     own = dict(model.named_parameters())
     with torch.no_grad():
@@ -193,7 +253,7 @@ def save_merged_adapter(
     folder : pathlib.Path
         Made if it does not exist; gets ``adapter_config.json`` and ``adapter_model.safetensors``.
     states : list of mappings
-        One per segment, as `trained_state` returns them.
+        One per segment, as `trained_state` returns them; empty where a segment was not trained.
     config, lora, task
         The model's, the tuning's and the task's settings.
     """
@@ -205,6 +265,9 @@ def save_merged_adapter(
     # Names look like base_model.model.classifier.weight: what is no LoRA matrix was trained whole.
     whole = {name.removeprefix("base_model.model.") for name in merged if ".lora_" not in name}
     modules = sorted({"pooler" if ".pooler." in name else name.split(".")[0] for name in whole})
+    if not all(states):  # one segment was not trained, and a name such as "query" would mean its modules too
+        adapted = {name.split(".lora_")[0].removeprefix("base_model.model.") for name in merged if ".lora_" in name}
+        lora = replace(lora, target_modules=tuple(sorted(adapted)))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in merged.items()}, folder / "adapter_model.safetensors")
     lora_config(config, lora, task, modules).save_pretrained(str(folder))

@@ -14,11 +14,11 @@ from vflair_flower.partition.adapters import make_trainable, refuse_trained_copi
 from vflair_flower.partition.cut import cut
 from vflair_flower.partition.loading import LoadedSegment, task_class
 from vflair_flower.partition.plan import Mode, Segment
+from vflair_flower.partition.quantization import saved_bytes
 from vflair_flower.partition.sources import ModelSource, load_config
 from vflair_flower.partition.structure import answer_shape, hidden_size, num_blocks, stack_lengths
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
 
-_FLOAT_BYTES = 4
 _MOMENTS = {"adamw": 2, "sgd": 0}
 
 
@@ -93,15 +93,20 @@ def _share(source: ModelSource, segment: Segment, spec: SplitSpec) -> Share:
     config = load_config(source, spec.task)
     with torch.device("meta"):
         model = task_class(config, spec.task)(config)
+        nn.Module.to(model, dtype=spec.weights.torch_dtype)
         loaded = LoadedSegment(model, segment, cut(model, segment), ())
-        tuned: nn.Module = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+        saved = saved_bytes(model, spec.weights)
+        tuned: nn.Module = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed, scope=spec.scope)
     parameters = list({id(p): p for p in tuned.parameters()}.values())
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
-    held = sum(p.numel() for p in parameters)
+    own = [p for p in parameters if p.requires_grad]
     return Share(
         owns=segment.describe(),
-        parameters=held,
-        trained=trained,
-        parameter_bytes=held * _FLOAT_BYTES,
-        training_bytes=trained * _FLOAT_BYTES * (1 + _MOMENTS[spec.optimizer.name]),
+        parameters=sum(p.numel() for p in parameters),
+        trained=sum(p.numel() for p in own),
+        parameter_bytes=_bytes(parameters) - saved,
+        training_bytes=_bytes(own) * (1 + _MOMENTS[spec.optimizer.name]),
     )
+
+
+def _bytes(parameters: list[nn.Parameter]) -> int:
+    return sum(p.numel() * p.element_size() for p in parameters)

@@ -36,9 +36,10 @@ from vflair_flower.partition.cut import cut
 from vflair_flower.partition.files import SegmentManifest, check_weight_files, read_manifest
 from vflair_flower.partition.holes import Channel
 from vflair_flower.partition.plan import Segment
+from vflair_flower.partition.quantization import quantized
 from vflair_flower.partition.sources import ModelSource, load_config
 from vflair_flower.partition.structure import family_of, segments_of, task_head_places
-from vflair_flower.settings import TaskKind, TaskSettings
+from vflair_flower.settings import TaskKind, TaskSettings, WeightSettings
 
 _one_at_a_time = threading.Lock()
 _TASK_CLASSES = {
@@ -93,8 +94,15 @@ def _first(classes: object) -> type[PreTrainedModel]:
     return cast("type[PreTrainedModel]", classes[0] if isinstance(classes, tuple) else classes)
 
 
-def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, seed: int = 0) -> LoadedSegment:
-    """Load what `segment` owns of a model, in float32.
+def load_segment(
+    source: ModelSource,
+    segment: Segment,
+    task: TaskSettings,
+    *,
+    weights: WeightSettings | None = None,
+    seed: int = 0,
+) -> LoadedSegment:
+    """Load what `segment` owns of a model.
 
     Parameters
     ----------
@@ -104,6 +112,8 @@ def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, s
         What to load; a whole segment gives the unsplit model.
     task : TaskSettings
         Chooses the task class.
+    weights : WeightSettings, optional
+        Their dtype and quantisation; float32 by default.
     seed : int
         For parameters that the checkpoint does not hold.
 
@@ -111,6 +121,8 @@ def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, s
     ------
     ModelError
         If the checkpoint cannot be read, or lacks a tensor that is not part of a new classifier.
+    ConfigurationError
+        If the weights are to be quantised and bitsandbytes is not there.
     PartitionError
         If the cut does not fit the model.
     """
@@ -120,10 +132,17 @@ def load_segment(source: ModelSource, segment: Segment, task: TaskSettings, *, s
     manifest = read_manifest(source.location)
     cls = task_class(config, task)
     own_class, channels = segment_class(cls, segment)
+    weights = weights or WeightSettings()
+    options = quantized(cls, config, weights)
     try:
-        with _quiet(), original_layout(own_class, config):
+        with quiet(), original_layout(own_class, config):
             loaded: Any = own_class.from_pretrained(
-                source.location, config=config, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+                source.location,
+                config=config,
+                dtype=weights.torch_dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
+                **options,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the checkpoint {source.location!r} could not be read: {error}") from error
@@ -165,7 +184,7 @@ def _lacks(
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; raise ModelError if there is none or it cannot pad."""
     try:
-        with _quiet():
+        with quiet():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
@@ -200,10 +219,11 @@ def generator_for(seed: int, name: str) -> torch.Generator:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers from reporting every tensor that is another party's as unexpected.
 
-    One at a time: parties may be threads of one process, and its verbosity and random numbers are the process's.
+    One at a time: parties may be threads of one process, and its verbosity, random numbers and default dtype, which
+    loading sets for a while, are the process's.
     """
     with _one_at_a_time, without_reports():
         yield

@@ -6,8 +6,8 @@ positions and rotary angles are computed as in the whole model; only the hidden 
 
 import inspect
 import threading
-from collections.abc import Collection
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,9 +25,9 @@ from vflair_flower.partition.structure import Part, family_of, find_stacks, segm
 class SegmentRunner:
     """Runs a segment that does not begin with the embedding: a hidden state in, hidden state or logits out.
 
-    The forward pass is transformers' own; the hidden state enters at the first owned block by a pre-hook, and is read
-    after the last one (or after the task head, if owned).  One forward at a time: the hooks hold the state.  Of a model
-    with an encoder and a decoder, a call runs the part that it names.
+    The forward pass is transformers' own; the hidden state enters before the first owned block by a pre-hook, and is
+    read after the last one (or after the task head, if owned).  One forward at a time: the hooks hold the state.  Of a
+    model with an encoder and a decoder, a call runs the part that it names.
     """
 
     def __init__(self, model: PreTrainedModel, segment: Segment) -> None:
@@ -42,7 +42,8 @@ class SegmentRunner:
         owned = segments_of(model.config, segment)
         for stack in find_stacks(model):
             own = owned[stack.part].blocks
-            stack.blocks[own[0]].register_forward_pre_hook(self._enter, with_kwargs=True)
+            # In front of the first own block where something is: blocks that are computed anew find it entered then.
+            stack.blocks[max(0, own[0] - 1)].register_forward_pre_hook(self._enter, with_kwargs=True)
             last = task_head_places(model)[-1].module if segment.task_head else stack.blocks[own[-1]]
             last.register_forward_hook(self._leave)
             self._runs[stack.part] = runs = model if segment.task_head else stack.host
@@ -124,6 +125,12 @@ class SegmentRunner:
                 self._entering = self._leaving = None
         assert leaving is not None
         return leaving
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep forward passes from running inside the block."""
+        with self._lock:
+            yield
 
     def _surrogate_ids(self, mask_BT: Tensor) -> Tensor:
         """Ids that say nothing but where padding is: the model's own forward wants some."""

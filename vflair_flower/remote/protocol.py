@@ -6,6 +6,7 @@ B batch, T tokens, S tokens that an encoder has read, D hidden, C classes, V voc
 |------------|----------------------------------------------------------------|------------------------------------|
 | `forward`  | `hidden` [B, T, D], `attention_mask`? [B, T], `position_ids`?  | `hidden` or (Head-Tail) `logits`   |
 | `backward` | `grad`, shaped as forward's reply                              | `grad`? [B, T, D]                  |
+| `norm`     | nothing but the square of the party's gradient's norm          | nothing but the whole model's norm |
 | `step`     | nothing but counts                                             | nothing                            |
 | `finish`   | nothing                                                        | nothing                            |
 | `average`  | `gradient` [N], of all that a data party trains                | `gradient` [N], the parties' mean  |
@@ -34,7 +35,7 @@ MODEL_PARTY = "model-party"
 AVERAGER = "averager"
 """Name of the hub's endpoint that averages gradients of heads and tails, in sessions that do."""
 
-FORWARD, BACKWARD, STEP, FINISH, AVERAGE = "forward", "backward", "step", "finish", "average"
+FORWARD, BACKWARD, STEP, FINISH, AVERAGE, NORM = "forward", "backward", "step", "finish", "average", "norm"
 MASK_DTYPE, POSITION_DTYPE, ROW_DTYPE = torch.uint8, torch.int32, torch.int32
 
 
@@ -84,6 +85,8 @@ def agreement_for(spec: SplitSpec, config: PreTrainedConfig, *, trained_paramete
         STEP: OperationSpec((), ()),
         FINISH: OperationSpec((), ()),
     }
+    if spec.optimizer.max_grad_norm:
+        operations[NORM] = OperationSpec((), ())
     if spec.averaging == "step":
         gradient = TensorSpec("gradient", (torch.float32,), (trained_parameters,), (True,))
         operations[AVERAGE] = OperationSpec((gradient,), (gradient,))

@@ -113,6 +113,17 @@ class RemoteSegment:
         self._link.call(self._target, protocol.STEP, {}, meta)
         self.rows_since_step = 0
 
+    def joint_norm(self, squared: float) -> float:
+        """Return the norm of the whole model's gradient before a step.
+
+        Parameters
+        ----------
+        squared : float
+            The square of the norm of this party's own gradient.
+        """
+        meta: dict[str, Any] = {"squared": squared, "rows": self.rows_since_step}
+        return float(self._link.call(self._target, protocol.NORM, {}, meta).meta["norm"])
+
     def finish(self) -> None:
         """Tell the other party that no more steps come in this session, so that nobody waits for them."""
         self._link.call(self._target, protocol.FINISH, {})

@@ -7,6 +7,7 @@ Invariant: what a party gets back does not depend on what other parties do betwe
 """
 
 import hashlib
+import math
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,12 +18,19 @@ from torch import Tensor, nn
 
 from vflair_flower.errors import PartyLostError, SessionError
 from vflair_flower.memory import ActivationMeter, MemoryParts, tensor_bytes
-from vflair_flower.partition import LoadedSegment, SegmentRunner, load_trained_state, make_trainable, trained_state
+from vflair_flower.partition import (
+    LoadedSegment,
+    SegmentRunner,
+    checkpoint_blocks,
+    load_trained_state,
+    make_trainable,
+    trained_state,
+)
 from vflair_flower.partition.holes import EncoderStates
 from vflair_flower.partition.structure import Part, segments_of
 from vflair_flower.remote import protocol
 from vflair_flower.remote.caches import PartyCaches
-from vflair_flower.remote.updates import UPDATES, BodyMode, StepRequest
+from vflair_flower.remote.updates import UPDATES, BodyMode, NormRequest, StepRequest
 from vflair_flower.session import Reply, Request
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
 
@@ -61,13 +69,16 @@ class SegmentServer:
     def __init__(self, loaded: LoadedSegment, spec: SplitSpec, *, body_mode: BodyMode, deadline_s: float) -> None:
         self.spec = spec
         self.segment = loaded.segment
-        self.module = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+        self.module = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed, scope=spec.scope)
         self._model = loaded.model
+        if spec.training.gradient_checkpointing:
+            checkpoint_blocks(loaded)
         self._run = SegmentRunner(loaded.model, loaded.segment)
         self._update = UPDATES[body_mode](self.module, spec.optimizer)
         self._places = _places(self.module, self._update.parameters)
         self._meter = ActivationMeter(self.module)
         self._wire = WIRE_DTYPES[spec.wire_dtype]
+        self._dtype = spec.weights.torch_dtype
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
         self._graphs: dict[tuple[str, int], _Graph] = {}
@@ -125,6 +136,8 @@ class SegmentServer:
             return self._forward(request)
         if request.operation == protocol.BACKWARD:
             return self._backward(request)
+        if request.operation == protocol.NORM:
+            return self._norm(request)
         if request.operation == protocol.STEP:
             return self._step(request)
         if request.operation == protocol.FINISH:
@@ -167,7 +180,7 @@ class SegmentServer:
         self._update.load_state(state["update"])  # type: ignore[arg-type]
 
     def _forward(self, request: Request) -> Reply:
-        hidden_BTD = request.tensors["hidden"].to(torch.float32)
+        hidden_BTD = request.tensors["hidden"].to(self._dtype)
         if "cache" in request.meta:
             return self._write(request, hidden_BTD)
         mask_BT = request.tensors.get("attention_mask")
@@ -180,7 +193,7 @@ class SegmentServer:
                 f"'{request.source}' asked for a differentiable forward pass in a session that does not train. "
                 "Evaluate under torch.no_grad()."
             )
-        part, encoder = self._part(request), _encoder_states(request)
+        part, encoder = self._part(request), _encoder_states(request, self._dtype)
         with self._lock:
             self._tokens += int(mask_BT.sum())
         parameters = self._update.parameters
@@ -242,7 +255,7 @@ class SegmentServer:
             mask_BT = cache.grown(new, tokens=int(request.meta["cached"]), max_length=self.spec.generation.max_length)
             if request.meta.get("counted"):
                 positions_BT = protocol.counted_positions(mask_BT)[:, -new.shape[1] :]
-            encoder = cache.encoder_states(hidden_BTD.shape[-1]) or _encoder_states(request)
+            encoder = cache.encoder_states(hidden_BTD.shape[-1]) or _encoder_states(request, self._dtype)
             if encoder is not None:
                 cache.encoder_mask_BS = encoder.mask_BS
             with torch.no_grad():
@@ -287,7 +300,8 @@ class SegmentServer:
             with torch.enable_grad():
                 outputs.append(graph.encoder_BSD.view_as(graph.encoder_BSD))
             grads.append(_like(graph.encoder_BSD, request.tensors["encoder_grad"], request.source))
-        gradients = torch.autograd.grad(outputs, inputs, grads, allow_unused=True) if inputs else ()
+        with self._recomputing(graph.parameters):
+            gradients = torch.autograd.grad(outputs, inputs, grads, allow_unused=True) if inputs else ()
         self._meter.release(key)
         own = {n: g for n, g in zip(graph.parameters, gradients, strict=False) if g is not None}
         self._update.add_gradients(request.source, own)
@@ -297,10 +311,29 @@ class SegmentServer:
         back = dict(zip(wanted, gradients[len(graph.parameters) :], strict=True))
         return Reply({name: grad.to(self._wire) for name, grad in back.items() if grad is not None})
 
-    def _step(self, request: Request) -> Reply:
+    def _norm(self, request: Request) -> Reply:
+        """Answer with the norm of the whole model's gradient, by which the party and this segment will both clip."""
+        self._refuse_unless_training(request)
+        squared, rows = float(request.meta["squared"]), int(request.meta["rows"])
+        if not 0.0 <= squared < math.inf or rows < 1:
+            raise SessionError(
+                f"'{request.source}' sent {squared} as the square of its gradient's norm over {rows} rows; it must be "
+                "a finite number over at least one row. Lower the learning rate if the loss has left all bounds."
+            )
+        return Reply({}, {"norm": self._update.norm(request.source, NormRequest(squared=squared, rows=rows))})
+
+    def _refuse_unless_training(self, request: Request) -> None:
         if not self._training:
-            raise SessionError(f"'{request.source}' asked for a step in a session that does not train.")
+            raise SessionError(f"'{request.source}' asked for a {request.operation} in a session that does not train.")
         self._refuse_if_left(request.source)
+
+    def _step(self, request: Request) -> Reply:
+        self._refuse_unless_training(request)
+        if self.spec.optimizer.max_grad_norm and not self._update.has_norm(request.source):
+            raise SessionError(
+                f"'{request.source}' asked for a step without the norm of its gradient, and max_grad_norm is "
+                f"{self.spec.optimizer.max_grad_norm}. Call PartySession.before_step (attach does) before each step."
+            )
         rows = int(request.meta["rows"])
         wants = bool(self._update.parameters) and not self._update.has_gradients(request.source)
         if rows < 1 or wants:
@@ -356,6 +389,20 @@ class SegmentServer:
             yield
 
     @contextmanager
+    def _recomputing(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+        """Let a backward pass compute blocks anew, on the parameters of its forward pass, while no other pass runs.
+
+        bitsandbytes' matrices of 8 bits keep what a pass is at in the module: there, too, one runs at a time.
+        """
+        if not self.spec.training.gradient_checkpointing and self.spec.weights.quantization != "int8":
+            yield
+            return
+        with self._run.alone():
+            self._place(parameters)
+            self.module.train(self._training)
+            yield
+
+    @contextmanager
     def _without_dropout(self, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
         """Run a forward pass that nobody will differentiate: an evaluation, also in a session that trains."""
         self._place(parameters)
@@ -382,7 +429,7 @@ def _positions(request: Request, hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor 
     return positions_BT
 
 
-def _encoder_states(request: Request) -> EncoderStates | None:
+def _encoder_states(request: Request, dtype: torch.dtype) -> EncoderStates | None:
     """Return the encoder's states of a decoder's call, if it brings them."""
     hidden_BSD, mask_BS = (request.tensors.get(name) for name in ("encoder_hidden", "encoder_mask"))
     if hidden_BSD is None and mask_BS is None:
@@ -394,7 +441,7 @@ def _encoder_states(request: Request) -> EncoderStates | None:
             f"'{request.source}' sent encoder states of shape {shapes[0]} with a mask of shape {shapes[1]} for {rows} "
             "rows of the decoder; both must come together, with one mask value per token."
         )
-    return EncoderStates(hidden_BSD=hidden_BSD.to(torch.float32), mask_BS=mask_BS.to(torch.int64))
+    return EncoderStates(hidden_BSD=hidden_BSD.to(dtype), mask_BS=mask_BS.to(torch.int64))
 
 
 def _like(tensor: Tensor, grad: Tensor | None, party: str) -> Tensor:
@@ -419,9 +466,10 @@ def _places(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[s
 
 
 def parameter_counts(module: nn.Module) -> tuple[int, int]:
-    """Return how many parameters a module holds, and how many of them are trained."""
+    """Return how many parameters a module holds, and how many of them are trained; two of 4 bits share a byte."""
     own = {id(p): p for p in module.parameters()}.values()
-    held = sum(p.numel() for p in own)
+    packed = {id(p): math.prod(state.shape) for p in own if (state := getattr(p, "quant_state", None)) is not None}
+    held = sum(packed.get(id(p), p.numel()) for p in own)
     return held, sum(p.numel() for p in own if p.requires_grad)
 
 

@@ -12,17 +12,19 @@ Invariant: the result does not depend on which party was quicker.
 """
 
 import copy
+import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
 from torch import Tensor, nn
 
-from vflair_flower.errors import PartyLostError
+from vflair_flower.errors import ConfigurationError, PartyLostError
 from vflair_flower.memory import optimizer_bytes, tensor_bytes
+from vflair_flower.partition.ranks import RankBudget
 from vflair_flower.remote.schedule import Barrier, Turns
 from vflair_flower.settings import OptimizerSettings
 
@@ -46,6 +48,14 @@ class StepRequest:
     total_steps: int
 
 
+@dataclass(frozen=True, kw_only=True)
+class NormRequest:
+    """The square of the norm of a party's own gradient, and the rows that it is the mean over."""
+
+    squared: float
+    rows: int
+
+
 class Update(ABC):
     """Holds the trained parameters' optimisers over the whole job, and the parties' gradients within a session."""
 
@@ -53,13 +63,33 @@ class Update(ABC):
         self.module = module
         self.settings = optimizer
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.ranks = RankBudget.of(module)
         self.steps_taken = 0
         self._gradients: dict[str, Gradients] = {}
+        self._norms: dict[str, float] = {}
         self._lock = threading.Lock()
 
     @abstractmethod
     def begin(self, parties: Sequence[str], deadline_s: float) -> None:
         """Start a training session."""
+
+    def norm(self, party: str, request: NormRequest) -> float:
+        """Return the norm of the gradient that the party's next step is taken with, over the whole model.
+
+        The whole model is the party's own part and the body; the step will be clipped by this norm.
+        """
+        own = squared_norm(self.pending(party).values())
+        return self._keep_norm(party, math.sqrt(own + request.squared))
+
+    def _keep_norm(self, party: str, norm: float) -> float:
+        with self._lock:
+            self._norms[party] = norm
+        return norm
+
+    def has_norm(self, party: str) -> bool:
+        """Whether the norm for the party's next step is known."""
+        with self._lock:
+            return party in self._norms
 
     @abstractmethod
     def step(self, party: str, request: StepRequest) -> None:
@@ -129,6 +159,12 @@ class Update(ABC):
         with self._lock:
             return self._gradients.pop(party, {})
 
+    def _take_clipped(self, party: str) -> Gradients:
+        """Return the party's gradients, scaled down if the norm that was last asked for is too high."""
+        with self._lock:
+            factor = self.settings.clip_factor(self._norms.pop(party, 0.0))
+        return _scaled(self._take(party), factor)
+
     def _apply(
         self,
         optimizer: torch.optim.Optimizer,
@@ -143,10 +179,23 @@ class Update(ABC):
             group["lr"] = rate
         for name, parameter in parameters.items():
             parameter.grad = gradients.get(name)
+        if self.ranks is not None:
+            self.ranks.add_penalty()
         optimizer.step()
+        if self.ranks is not None:
+            self.ranks.after_step(request.step, request.total_steps)
         optimizer.zero_grad(set_to_none=True)
         with self._lock:
             self.steps_taken += 1
+
+
+def squared_norm(gradients: Iterable[Tensor]) -> float:
+    """Return the square of the norm of gradients taken together, summed in float32 tensor by tensor."""
+    return sum(float(gradient.detach().float().square().sum()) for gradient in gradients)
+
+
+def _scaled(gradients: Gradients, factor: float) -> Gradients:
+    return gradients if factor == 1.0 else {name: gradient * factor for name, gradient in gradients.items()}
 
 
 class _SharedOptimizer(Update):
@@ -157,11 +206,17 @@ class _SharedOptimizer(Update):
         self._optimizer = optimizer.build(list(self.parameters.values()))
 
     def state(self) -> dict[str, object]:
-        return {"optimizer": copy.deepcopy(self._optimizer.state_dict()), "steps": self.steps_taken}
+        state: dict[str, object] = {
+            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "steps": self.steps_taken,
+        }
+        return state if self.ranks is None else {**state, "ranks": self.ranks.state()}
 
     def load_state(self, state: Mapping[str, object]) -> None:
         self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # type: ignore[arg-type]
         self.steps_taken = int(state["steps"])  # type: ignore[call-overload]
+        if self.ranks is not None:
+            self.ranks.load_state(state["ranks"])  # type: ignore[arg-type]
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         return [self._optimizer]
@@ -179,6 +234,28 @@ class SynchronousUpdate(_SharedOptimizer):
         self._gradients.clear()
         self._barrier = Barrier(parties, deadline_s)
         self._requests: dict[str, StepRequest] = {}
+        self._asked: dict[str, NormRequest] = {}
+        self._factor = 1.0
+
+    def norm(self, party: str, request: NormRequest) -> float:
+        with self._lock:
+            self._asked[party] = request
+        self._barrier.arrive(party, self._norm_all)
+        return self._keep_norm(party, self._joint_norm)
+
+    def _norm_all(self, arrived: list[str]) -> None:
+        """Work out the norm of the mean gradient over all rows.
+
+        Of heads and tails only the norms are known here: the mean of their squares is exact where the parties have
+        averaged their gradients (`averaging="step"`), and else what the square of the mean's norm is at most.
+        """
+        with self._lock:
+            asked = {party: self._asked[party] for party in arrived}
+        all_rows = sum(request.rows for request in asked.values())
+        outside = sum(request.squared * request.rows / all_rows for request in asked.values())
+        own = self._mean({party: request.rows / all_rows for party, request in asked.items()})
+        self._joint_norm = math.sqrt(squared_norm(own.values()) + outside)
+        self._factor = self.settings.clip_factor(self._joint_norm)
 
     def step(self, party: str, request: StepRequest) -> None:
         with self._lock:
@@ -192,15 +269,22 @@ class SynchronousUpdate(_SharedOptimizer):
     def _step_all(self, arrived: list[str]) -> None:
         with self._lock:
             requests = {party: self._requests[party] for party in arrived}
+            self._norms.clear()
         all_rows = sum(r.rows for r in requests.values())
+        total = self._mean({party: request.rows / all_rows for party, request in requests.items()})
+        for party in requests:
+            self._take(party)
+        longest = max(requests.values(), key=lambda r: r.total_steps)
+        self._apply(self._optimizer, self.parameters, _scaled(total, self._factor), longest)
+
+    def _mean(self, weights: Mapping[str, float]) -> Gradients:
+        """Return the weighted sum of the gradients that wait for parties' steps, in the order of the parties."""
         total: Gradients = {}
-        for party, request in requests.items():
-            weight = request.rows / all_rows
-            for name, gradient in self._take(party).items():
+        for party, weight in weights.items():
+            for name, gradient in self.pending(party).items():
                 share = gradient if weight == 1.0 else gradient * weight
                 total[name] = total[name] + share if name in total else share
-        longest = max(requests.values(), key=lambda r: r.total_steps)
-        self._apply(self._optimizer, self.parameters, total, longest)
+        return total
 
 
 class SequentialUpdate(_SharedOptimizer):
@@ -215,7 +299,7 @@ class SequentialUpdate(_SharedOptimizer):
 
     def step(self, party: str, request: StepRequest) -> None:
         self._turns.take(party)
-        self._apply(self._optimizer, self.parameters, self._take(party), request)
+        self._apply(self._optimizer, self.parameters, self._take_clipped(party), request)
         self._turns.give(party)
 
     def leave(self, party: str, *, lost: bool) -> None:
@@ -228,6 +312,11 @@ class ReplicatedUpdate(Update):
 
     def __init__(self, module: nn.Module, optimizer: OptimizerSettings) -> None:
         super().__init__(module, optimizer)
+        if self.ranks is not None:
+            raise ConfigurationError(
+                "body_mode is 'replicated' and the LoRA method 'adalora': each copy would choose other ranks, and they "
+                "could not be averaged. Use 'lora' or 'dora', or another body_mode."
+            )
         self._replicas: dict[str, dict[str, nn.Parameter]] = {}
         self._own_optimizers: dict[str, torch.optim.Optimizer] = {}
         self._rows: dict[str, int] = {}
@@ -249,7 +338,7 @@ class ReplicatedUpdate(Update):
 
     def step(self, party: str, request: StepRequest) -> None:
         optimizer, replica = self._own_optimizers[party], self._replicas[party]
-        self._apply(optimizer, replica, self._take(party), request)
+        self._apply(optimizer, replica, self._take_clipped(party), request)
         with self._lock:
             if party in self._lost:
                 raise PartyLostError(party, "it left this round during its step")
