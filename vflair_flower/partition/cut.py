@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from vflair_flower.errors import PartitionError
 from vflair_flower.partition.caching import cache_argument, followed, split_cache
 from vflair_flower.partition.holes import (
+    PACKED,
     Absent,
     Channel,
     EncoderStates,
@@ -190,6 +191,9 @@ def _encoder_states(kwargs: Mapping[str, Any]) -> EncoderStates:
 def _refuse_what_cannot_cross(kwargs: Mapping[str, Any], family: Family, part: Part) -> None:
     known = {*_CARRIED, *_STAYS, *(_CROSSED if part is Part.DECODER else ())} - {*family.crosses_not}
     odd = [name for name, value in kwargs.items() if value is not None and name not in known]
+    packed = [name for name in odd if name.startswith("cu_seq_lens")]
+    if packed:
+        raise PartitionError(f"the model was called with {packed[0]!r}: {PACKED}")
     if odd:
         raise PartitionError(
             f"the model was called with {odd[0]!r}, which the blocks may read and which does not cross the cut; the "

@@ -18,6 +18,12 @@ from vflair_flower.errors import PartitionError, SessionClosedError
 from vflair_flower.partition.caching import SplitCache
 from vflair_flower.partition.structure import Family, Part
 
+PACKED = (
+    "rows of several texts, which the blocks here would keep apart and the other party's, which run with a mask, would "
+    "not. Give each text a row of its own (in TRL packing=False and padding_free=False), with a mask."
+)
+"""Why rows of several texts are refused, and what to do."""
+
 
 @dataclass(kw_only=True)
 class EncoderStates:
@@ -95,6 +101,7 @@ class Channel:
         num_rows, new_tokens = hidden_BTD.shape[:2]
         expected = (num_rows, new_tokens + (0 if self.cache is None else self.cache.tokens))
         if mask_BT is None and self.cache is None:
+            _refuse_packed(self.position_ids_BT)
             mask_BT = torch.ones(expected, dtype=torch.int64, device=hidden_BTD.device)
         if mask_BT is not None and (not isinstance(mask_BT, Tensor) or mask_BT.shape != expected):
             shape = tuple(mask_BT.shape) if isinstance(mask_BT, Tensor) else type(mask_BT).__name__
@@ -109,6 +116,13 @@ class Channel:
         if self.part is not Part.ONLY:
             more |= {"part": self.part, "encoder": self.encoder}
         return self.call(hidden_BTD, mask_BT, self.position_ids_BT, **more)
+
+
+def _refuse_packed(position_ids_BT: Tensor | None) -> None:
+    """Raise PartitionError for rows of several texts: without a mask, transformers keeps them apart by positions."""
+    if position_ids_BT is None or position_ids_BT.dim() != 2 or bool((position_ids_BT.diff(dim=-1) == 1).all()):
+        return
+    raise PartitionError(f"the position ids begin anew within a row, and there is no attention mask: {PACKED}")
 
 
 class PassThrough(nn.Module):
@@ -162,7 +176,25 @@ class RemoteHead(nn.Module):
     def __init__(self, channel: Channel) -> None:
         super().__init__()
         self.channel = channel
-        self.weight = torch.empty(0)  # some models cast to the dtype of their task head's weight
+
+    @property
+    def weight(self) -> Tensor:
+        """Stand in for the task head's weight, to whose dtype some models cast."""
+        return torch.empty(0)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take none: `tie_weights` of a tied model would leave the embedding here, as if the head were this party's."""
+
+    def __getattr__(self, name: str) -> Any:
+        """Say why a part of the task head is missing."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            raise AttributeError(
+                f"the task head is at the model party (Head-Tail), so {name!r} of it is not here; only what it answers "
+                "is. Take the model's logits, or cut Head-Body-Tail, where the head stays. For TRL's SFTTrainer, which "
+                "reads it, there is vflair_flower.clients.sft.LogitsSFTTrainer."
+            ) from None
 
     def forward(self, hidden: Tensor, *_: Any, **__: Any) -> Tensor:
         """Return the other party's output, cut to the positions that the model asks for."""
