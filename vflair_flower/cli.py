@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from vflair_flower.cli_generation import chat, generate, serve
+from vflair_flower.cli_generation import chat, evaluate, generate, serve
 from vflair_flower.errors import VflairError
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Split learning of large language models on Flower.", no_args_is_help=True, add_completion=False)
 _console = Console()
-for _command in (serve, generate, chat):
+for _command in (serve, generate, chat, evaluate):
     app.command()(_command)
 
 

@@ -1,11 +1,11 @@
-"""The commands `vflair serve`, `vflair generate` and `vflair chat`.
+"""The commands `vflair serve`, `vflair generate`, `vflair chat` and `vflair evaluate`.
 
-Text goes to standard output, all else to standard error.
+Texts and scores go to standard output, all else to standard error.
 """
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -31,7 +31,7 @@ Temperature = Annotated[float, typer.Option(help="With --sample.")]
 TopP = Annotated[float, typer.Option(help="With --sample.")]
 TopK = Annotated[int, typer.Option(help="With --sample; 0 leaves none out.")]
 Beams = Annotated[int, typer.Option(help="Beam search; text then comes at once.")]
-Seed = Annotated[int, typer.Option(help="With --sample.")]
+Seed = Annotated[int, typer.Option(help="Of what is drawn.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 leaves it to torch.")]
 
 
@@ -172,6 +172,56 @@ def chat(
                 _tell(answer.in_words())
 
 
+def evaluate(
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-evaluation-harness or YAML files, separated by commas.")],
+    model: Model = None,
+    hub: HubOption = None,
+    ticket: TicketOption = None,
+    mode: ModeOption = "HBT",
+    head: Head = 1,
+    tail: Tail = 1,
+    adapter: AdapterOption = None,
+    include_path: Annotated[list[Path] | None, typer.Option(help="Folder of your own tasks' YAML files.")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(help="Examples before each question; the task's own by default.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first so many questions of each task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows at once; 0: as many as agreed.")] = 0,
+    max_length: Annotated[int, typer.Option(help="Tokens per row; 0: the model's context, or what was agreed.")] = 0,
+    chat_template: Annotated[bool, typer.Option("--chat-template", help="Put questions as a user's turns.")] = False,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option(help="JSON file for scores and every answer.")] = None,
+    threads: Threads = 0,
+) -> None:
+    """Score a model that is cut between this process and a model party's, on tasks of lm-evaluation-harness.
+
+    Without a ticket the model party is started beside this one, as a process of its own on loopback.
+    """
+    with _said():
+        from vflair_flower.generation.harness import evaluate_tasks, load_tasks
+
+        _set_threads(threads)
+        if output is not None and not output.parent.is_dir():
+            raise ConfigurationError(f"--output is {output}, but {output.parent} is no folder; make it first.")
+        questions = load_tasks([name for name in tasks.split(",") if name], include_paths=include_path or ())
+        wanted = ["--max-rows", str(batch_size)] if batch_size else []
+        with _conversation(model, hub, ticket, _Cut(mode, head, tail), adapter, threads, wanted) as conversation:
+            scores = evaluate_tasks(
+                conversation,
+                questions,
+                num_fewshot=num_fewshot,
+                limit=limit,
+                batch_size=batch_size or None,
+                max_length=max_length or None,
+                chat_template=chat_template,
+                seed=seed,
+            )
+        _write(f"{scores.table}\n")
+        if output is not None:
+            output.write_text(scores.to_json())
+            _tell(f"scores and answers: {output}")
+
+
 class _Cut:
     """The options that say how the model is cut, for a model party beside this one."""
 
@@ -181,7 +231,13 @@ class _Cut:
 
 @contextmanager
 def _conversation(
-    model: str | None, hub: str | None, ticket: Path | None, cut: _Cut, adapter: Path | None, threads: int
+    model: str | None,
+    hub: str | None,
+    ticket: Path | None,
+    cut: _Cut,
+    adapter: Path | None,
+    threads: int,
+    wanted: Sequence[str] = (),
 ) -> "Iterator[Conversation]":
     from vflair_flower.generation.beside import model_party_beside
     from vflair_flower.generation.talking import open_conversation, read_adapter
@@ -200,7 +256,7 @@ def _conversation(
                 "neither --ticket nor --model is given; name a ticket of a model party, or a model."
             )
         else:
-            arguments = ["--model", model, *cut.arguments, "--threads", str(threads)]
+            arguments = ["--model", model, *cut.arguments, "--threads", str(threads), *wanted]
             arguments += [] if adapter is None else ["--adapter", str(adapter)]
             shown = stack.enter_context(model_party_beside(arguments))
         yield stack.enter_context(open_conversation(shown, hub=hub, model=model, adapter=own_adapter))

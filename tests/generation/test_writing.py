@@ -2,9 +2,7 @@
 
 import dataclasses
 import stat
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from tests.serving import serving, wait_until
 from tests.writers import BLOCKS, save_writer
 from vflair_flower.errors import (
     CheckpointError,
@@ -21,7 +20,7 @@ from vflair_flower.errors import (
     SessionClosedError,
     TicketError,
 )
-from vflair_flower.generation import Adapter, Conversation, ModelServer, ServeSettings, Ticket, open_conversation
+from vflair_flower.generation import Adapter, Conversation, ServeSettings, Ticket, open_conversation
 from vflair_flower.generation.serving import WRITING, bounds_for
 from vflair_flower.partition import (
     PartitionPlan,
@@ -33,7 +32,6 @@ from vflair_flower.partition import (
     trained_state,
 )
 from vflair_flower.settings import DecodingSettings, GenerationSettings, LoraSettings
-from vflair_flower.spec import SplitSpec
 
 GREEDY = DecodingSettings(max_new_tokens=8)
 
@@ -80,36 +78,6 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def whole(writer: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(writer).eval()
-
-
-@contextmanager
-def serving(
-    model: str, *parties: str, adapter: Adapter | None = None, plan: PartitionPlan | None = None, **settings: object
-) -> Iterator[Callable[[str], Ticket]]:
-    """Serve on a thread; yields what returns a party's newest ticket."""
-    handed: dict[str, list[Ticket]] = {party: [] for party in parties}
-    spec = SplitSpec(
-        model=model,
-        plan=plan or PartitionPlan(),
-        task=WRITING,
-        tuning=None,
-        generation=GenerationSettings(max_rows=4, max_length=40),
-    )
-    served = ModelServer(
-        spec,
-        ServeSettings(parties=parties, bind="inproc", **settings),
-        adapter=adapter,
-        hand_out=lambda ticket: handed[ticket.party].append(ticket),
-    )
-    with served:
-        thread = threading.Thread(target=served.run, daemon=True)
-        thread.start()
-        try:
-            yield lambda party: handed[party][-1]
-        finally:
-            served.stop()
-            thread.join(20)
-        assert not thread.is_alive()
 
 
 def written_by(model: PreTrainedModel, folder: str, text: str, *, special: bool = True, **settings: object) -> str:
@@ -211,7 +179,7 @@ def test_tickets_work_once_and_new_ones_come(writer: str, whole: PreTrainedModel
             assert ask(one, "why") == ask(other, "why") == expected
         with pytest.raises(TicketError), open_conversation(first):
             pass
-        _wait(lambda: ticket("a") != first)
+        wait_until(lambda: ticket("a") != first)
         with open_conversation(ticket("a")) as talk:
             assert ask(talk, "why") == expected
 
@@ -223,16 +191,7 @@ def test_a_party_that_breaks_off_gets_a_new_ticket_too(writer: str) -> None:
         talk = broken.enter_context(open_conversation(first))
         ask(talk, "why")
         broken.__exit__(KeyError, KeyError(), None)
-        _wait(lambda: ticket("a") != first)
-
-
-def _wait(ready: Callable[[], bool]) -> None:
-    limit = threading.Event()
-    for _ in range(500):
-        if ready():
-            return
-        limit.wait(0.02)
-    raise AssertionError("it never came")
+        wait_until(lambda: ticket("a") != first)
 
 
 @pytest.mark.parametrize("wrong", ["secret", "party", "session"])

@@ -73,6 +73,8 @@ class Conversation:
 
     Attributes
     ----------
+    model : torch.nn.Module
+        This party's segment, with holes; a transformers model in evaluation mode.
     tokenizer : transformers.PreTrainedTokenizerBase
         The model's.
     spec : SplitSpec
@@ -88,8 +90,8 @@ class Conversation:
         link: Link,
     ) -> None:
         self.spec = spec
+        self.model = model
         self.tokenizer = tokenizer
-        self._model = model
         self._own = own
         self._link = link
         self._turns: list[tuple[str, str]] = []
@@ -125,7 +127,7 @@ class Conversation:
         meter = _Meter(self.tokenizer, self._link, on_text)
         with drawing(decoding):
             tokens_BT = generate(
-                self._model, self.tokenizer, batch, decoding, streamer=meter if alone else None, cache=cache
+                self.model, self.tokenizer, batch, decoding, streamer=meter if alone else None, cache=cache
             )
         said = text_of(self.tokenizer, tokens_BT[0])
         if cache is not None:
