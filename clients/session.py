@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from vflair_flower.clients.segment import DataSegment, load_data_segment
+from vflair_flower.clients.trainer import StepWithTrainer
 from vflair_flower.control import KEY, RoundReport, SessionOffer
 from vflair_flower.memory import ActivationMeter, MemoryParts, optimizer_bytes, process_peak_bytes, tensor_bytes
 from vflair_flower.partition import load_tokenizer, load_trained_state, trained_state
@@ -96,7 +97,7 @@ class PartySession:
         """
         optimizer.register_step_pre_hook(lambda *_: self.before_step())
         optimizer.register_step_post_hook(lambda *_: self.step())
-        self._optimizers.append(optimizer)
+        self.measure(optimizer)
         return optimizer
 
     def step(self) -> None:
@@ -124,9 +125,23 @@ class PartySession:
         """
         self._remote.rows_since_step = items
 
-    def trainer_callback(self) -> TrainerCallback:
-        """Return a callback that does for a Hugging Face `Trainer` what `attach` does for an optimiser."""
-        return _StepWithTrainer(self)
+    def measure(self, optimizer: torch.optim.Optimizer) -> None:
+        """Count an optimiser's state as this party's memory; `attach` and the Trainer's callback do it."""
+        if not any(known is optimizer for known in self._optimizers):
+            self._optimizers.append(optimizer)
+
+    def trainer_callback(self, *, own_rate: bool = False) -> TrainerCallback:
+        """Return a callback that does for a `Trainer` of transformers or TRL what `attach` does for an optimiser.
+
+        Where `total_steps` is not set, it is the Trainer's own number of steps.  Arguments that would change this
+        party's part of the model alone are refused when training starts.
+
+        Parameters
+        ----------
+        own_rate : bool
+            Whether the Trainer's learning rate may differ from the job's, by which the model party steps.
+        """
+        return StepWithTrainer(self, own_rate=own_rate)
 
     def report(self) -> RoundReport:
         """Return what was measured so far."""
@@ -230,16 +245,3 @@ def connect_to(offer: SessionOffer) -> Link:
         root_certificates=offer.root_certificates.encode() or None,
         allow_plaintext=offer.allow_plaintext,
     )
-
-
-class _StepWithTrainer(TrainerCallback):
-    def __init__(self, session: PartySession) -> None:
-        self._session = session
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Average and clip with the other parties, right before the step here."""
-        self._session.before_step()
-
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Step at the model party, right after the step here."""
-        self._session.step()
