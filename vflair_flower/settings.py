@@ -170,6 +170,60 @@ class LoraSettings:
 
 
 @settings
+class ExpertSettings:
+    """How the experts of a mixture-of-experts model are spread over the parties (PC-MoE, arXiv 2506.02965).
+
+    Parameters
+    ----------
+    placement : str
+        ``"round-robin"``, ``"capacity"`` or ``"table"`` (`vflair_flower.experts.placement`).
+    capacities : tuple[float, ...]
+        For ``"capacity"``: what each party can hold, in the order of names, in any unit.
+    table : tuple[tuple[int, ...], ...]
+        For ``"table"``: per layer, for each expert the number of its host, in the order of names.
+    schedule : str
+        ``"concurrent"``: all parties train at once, and an expert steps on the mean over all their rows; or
+        ``"round-robin"``: one party's batch at a time, as in the paper.
+    combine : str
+        Where a token's outputs are weighted and summed: at the ``"owner"`` of the token, exactly as in the whole model,
+        or at the ``"host"`` of the experts, which sends one vector per token, sums in another order, and sees the
+        router's weights.
+    codec : str
+        ``"none"``: vectors cross in the job's `wire_dtype`; ``"int8"``: 8 bits per number and a scale per 64 of them.
+    on_host_lost : str
+        ``"fail"``, or ``"skip"``: a token's output is made of the experts that answered, their weights renormalised.
+    k_min : int
+        For ``"skip"``: with fewer experts than that for a token, fail all the same.
+    """
+
+    placement: str = "round-robin"
+    capacities: tuple[float, ...] = ()
+    table: tuple[tuple[int, ...], ...] = ()
+    schedule: str = "concurrent"
+    combine: str = "owner"
+    codec: str = "none"
+    on_host_lost: str = "fail"
+    k_min: int = 1
+
+    def __post_init__(self) -> None:
+        one_of("placement", self.placement, ("round-robin", "capacity", "table"))
+        one_of("schedule", self.schedule, ("concurrent", "round-robin"))
+        one_of("combine", self.combine, ("owner", "host"))
+        one_of("codec", self.codec, ("none", "int8"))
+        one_of("on_host_lost", self.on_host_lost, ("fail", "skip"))
+        if any(not 0.0 < capacity < math.inf for capacity in self.capacities):
+            raise ConfigurationError(f"capacities are {self.capacities}; each is a number above 0.")
+        for name, kind in (("capacities", "capacity"), ("table", "table")):
+            if bool(getattr(self, name)) is not (self.placement == kind):
+                raise ConfigurationError(
+                    f"placement is {self.placement!r} and {name} has {len(getattr(self, name))} entries; {name} goes "
+                    f"with the placement {kind!r} and with no other."
+                )
+        if self.k_min < 1:
+            raise ConfigurationError(f"k_min is {self.k_min}; choose 1 or more.")
+
+
+@settings
 class OptimizerSettings:
     """The optimiser of every segment; each party runs its own over what it owns.
 

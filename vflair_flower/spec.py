@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition.plan import PartitionPlan
 from vflair_flower.settings import (
+    ExpertSettings,
     GenerationSettings,
     LoraSettings,
     OptimizerSettings,
@@ -41,6 +42,8 @@ class SplitSpec:
         LoRA on every segment, or None to train all parameters.
     scope : str
         ``"full"``: all parties train their segments; ``"local"``: the data parties alone, the model party's is frozen.
+    experts : ExpertSettings or None
+        For `CollaborativeMoE`: how a model's experts are spread over the parties.
     wire_dtype : str
         What hidden states and gradients are cast to before they are sent, in both directions; anything but
         ``"float32"`` ends bit equality with the unsplit model.
@@ -57,6 +60,7 @@ class SplitSpec:
     tuning: LoraSettings | None = LoraSettings()
     scope: str = "full"
     weights: WeightSettings = WeightSettings()
+    experts: ExpertSettings | None = None
     optimizer: OptimizerSettings = OptimizerSettings()
     training: TrainingSettings = TrainingSettings()
     generation: GenerationSettings = GenerationSettings()

@@ -119,12 +119,10 @@ def export_segment(
             f"the model {source.location!r} is no whole checkpoint but {part.describe()}; a segment is cut from the "
             "whole model only. Ask whoever has it."
         )
-    found = weight_files(_with_single_file(source, whole))
-    names = _names(found) if isinstance(found, Path) else list(found)
-    own = own_tensors(config, segment, names, kinds)
-    files = {name: found if isinstance(found, Path) else found[name] for name in own}
-    _fetch(source, sorted({file.name for file in files.values()}))
-    check_weight_files(source.location)
+    found = tensor_files(source)
+    own = own_tensors(config, segment, found, kinds)
+    files = {name: found[name] for name in own}
+    fetch_files(source, files.values())
     manifest = SegmentManifest(
         model=source.name,
         party=side.value,
@@ -142,6 +140,18 @@ def export_segment(
         manifest.write(draft)
         written = tuple(sorted(file.name for file in draft.iterdir()))
     return ExportedSegment(folder=folder, manifest=manifest, tensors=len(own), tensor_bytes=total, files=written)
+
+
+def tensor_files(source: ModelSource) -> dict[str, Path]:
+    """Return in which file of a checkpoint each tensor is; of a hub's, only the index is fetched if there is one."""
+    found = weight_files(_with_single_file(source, _settings_folder(source)))
+    return dict.fromkeys(_names(found), found) if isinstance(found, Path) else found
+
+
+def fetch_files(source: ModelSource, files: Iterable[Path]) -> None:
+    """Fetch these files of a checkpoint, if it is on a hub; raise ModelError if one is missing or damaged."""
+    _fetch(source, sorted({file.name for file in files}))
+    check_weight_files(source.location)
 
 
 def own_tensors(

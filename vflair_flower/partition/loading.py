@@ -7,7 +7,7 @@ their own global name, so that every party, and the unsplit model, draws the sam
 
 import hashlib
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
@@ -101,6 +101,7 @@ def load_segment(
     *,
     weights: WeightSettings | None = None,
     seed: int = 0,
+    edit: Callable[[PreTrainedModel], None] | None = None,
 ) -> LoadedSegment:
     """Load what `segment` owns of a model.
 
@@ -116,6 +117,8 @@ def load_segment(
         Their dtype and quantisation; float32 by default.
     seed : int
         For parameters that the checkpoint does not hold.
+    edit : callable, optional
+        Changes the cut model before its tensors are read: what it takes out is not.
 
     Raises
     ------
@@ -131,7 +134,7 @@ def load_segment(
     check_weight_files(source.location)
     manifest = read_manifest(source.location)
     cls = task_class(config, task)
-    own_class, channels = segment_class(cls, segment)
+    own_class, channels = segment_class(cls, segment, edit)
     weights = weights or WeightSettings()
     options = quantized(cls, config, weights)
     try:
@@ -243,13 +246,17 @@ def without_reports() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def segment_class(cls: type[PreTrainedModel], segment: Segment) -> tuple[type[PreTrainedModel], list[Channel]]:
+def segment_class(
+    cls: type[PreTrainedModel], segment: Segment, edit: Callable[[PreTrainedModel], None] | None = None
+) -> tuple[type[PreTrainedModel], list[Channel]]:
     """Return a subclass of a task class that cuts itself as it is built, and where its channel is put then."""
     channels: list[Channel] = []
 
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         channels.append(cut(self, segment))
+        if edit is not None:
+            edit(self)
         kept = {n for n, _ in self.named_parameters(remove_duplicate=False)}
         kept |= {n for n, _ in self.named_buffers()}
         ties = self.all_tied_weights_keys

@@ -1,0 +1,182 @@
+"""Companies in one process that train a tiny mixture-of-experts model together, joined by a hub."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from vflair_flower.certificate import TINY
+from vflair_flower.experts import (
+    ExpertCaller,
+    ExpertHost,
+    Placement,
+    expert_agreement,
+    expert_layer_names,
+    load_backbone,
+    load_experts,
+    num_experts,
+    place_experts,
+)
+from vflair_flower.partition import ModelSource, resolve_model
+from vflair_flower.partition.sources import load_config
+from vflair_flower.session import Hub, connect
+from vflair_flower.settings import (
+    ExpertSettings,
+    OptimizerSettings,
+    TaskKind,
+    TaskSettings,
+    TrainingSettings,
+)
+from vflair_flower.spec import SplitSpec
+
+WRITE = TaskSettings(kind=TaskKind.CAUSAL_LM)
+MOE = ("mixtral", "olmoe", "qwen3-moe", "deepseek-v2", "deepseek-v3", "gpt-oss")
+DEADLINE_S = 20.0
+
+
+@dataclass(kw_only=True)
+class Company:
+    """One party of an open session."""
+
+    name: str
+    model: PreTrainedModel
+    host: ExpertHost
+    caller: ExpertCaller
+    optimizer: torch.optim.Optimizer
+
+    def train(self, batch: dict[str, Tensor], step: int = 0) -> float:
+        self.optimizer.zero_grad()
+        loss = self.model(**batch).loss
+        loss.backward()
+        self.optimizer.step()
+        self.caller.step(step=step, total_steps=0)
+        return float(loss.detach())
+
+
+@dataclass(kw_only=True)
+class House:
+    """A job: `with house.open(4) as companies`."""
+
+    spec: SplitSpec
+    source: ModelSource
+
+    def placement(self, names: list[str]) -> Placement:
+        config = load_config(self.source, self.spec.task)
+        layers = expert_layer_names(config, self.spec.task)
+        return place_experts(self.spec.experts, names, layers=len(layers), experts=num_experts(config))
+
+    def whole(self) -> PreTrainedModel:
+        model = AutoModelForCausalLM.from_pretrained(self.source.location, dtype=self.spec.weights.torch_dtype)
+        for p in model.parameters():
+            p.data = p.data.clone()
+        return model.train()
+
+    @contextlib.contextmanager
+    def open(self, count: int, *, training: bool = True, deadline_s: float = DEADLINE_S) -> Iterator[list[Company]]:
+        names = [f"party-{i}" for i in range(count)]
+        config, placement = load_config(self.source, self.spec.task), self.placement(names)
+        layers = expert_layer_names(config, self.spec.task)
+        agreement = expert_agreement(self.spec, config)
+        with contextlib.ExitStack() as stack:
+            hub = stack.enter_context(Hub(bind="inproc"))
+            session = hub.open_session(names, agreement, deadline_s=deadline_s)
+            stack.callback(session.close)
+            companies = []
+            for name in names:
+                loaded, channel = load_backbone(self.source, self.spec.task, weights=self.spec.weights, seed=3)
+                own = placement.experts_of(name)
+                shard = load_experts(self.source, own, self.spec.task, weights=self.spec.weights)
+                host = ExpertHost(shard, layers, own, self.spec, deadline_s=deadline_s)
+                host.begin(names, training=training)
+                link = connect(
+                    hub.address,
+                    session=session.id,
+                    party=name,
+                    ticket=session.tickets[name],
+                    agreement=agreement,
+                    deadline_s=deadline_s,
+                )
+                stack.callback(link.abandon)
+                link.serve(host)
+                caller = ExpertCaller(link, host, placement, self.spec)
+                stack.callback(caller.close)
+                stack.enter_context(channel.joined(caller))
+                optimizer = self.spec.optimizer.build(list(loaded.model.parameters()))
+                companies.append(
+                    Company(name=name, model=loaded.model.train(), host=host, caller=caller, optimizer=optimizer)
+                )
+            yield companies
+
+
+def batch_of(seed: int, rows: int = 3, tokens: int = 9) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids_BT = torch.randint(6, 120, (rows, tokens), generator=generator)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, tokens - 3 :] = 0
+    return {"input_ids": ids_BT, "attention_mask": mask_BT, "labels": ids_BT.masked_fill(mask_BT == 0, -100)}
+
+
+def merged(companies: list[Company], house: House, owner: int = 0) -> dict[str, Tensor]:
+    """Return the parameters of the model that an owner and all hosts together hold, by name."""
+    held = {name: p.detach() for name, p in companies[owner].model.named_parameters()}
+    placement = house.placement([company.name for company in companies])
+    whole = {name: p for name, p in house.whole().named_parameters() if name not in held}
+    layers = expert_layer_names(load_config(house.source, house.spec.task), house.spec.task)
+    for name, like in whole.items():
+        layer = next(i for i, own in enumerate(layers) if name.startswith(own + "."))
+        full = torch.full_like(like, float("nan"))
+        for company in companies:
+            own = dict(company.host.module.named_parameters())
+            experts = list(placement.experts_of(company.name)[layer])
+            if experts:
+                full[experts] = own[name].detach()
+        held[name] = full
+    return held
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], ModelSource]:
+    made: dict[str, ModelSource] = {}
+
+    def get(family: str) -> ModelSource:
+        if family not in made:
+            torch.manual_seed(5)
+            model = AutoModelForCausalLM.from_config(TINY[family]())
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * (0.05 if parameter.dim() == 1 else 0.1))
+            folder: Path = tmp_path_factory.mktemp("moe") / family
+            model.save_pretrained(folder)
+            made[family] = resolve_model(str(folder))
+        return made[family]
+
+    return get
+
+
+@pytest.fixture
+def make_house(checkpoints: Callable[[str], ModelSource]) -> Callable[..., House]:
+    def make(family: str = "mixtral", *, experts: ExpertSettings | None = None, **more: Any) -> House:
+        source = checkpoints(family)
+        spec = SplitSpec(
+            model=source.location,
+            task=WRITE,
+            tuning=None,
+            optimizer=OptimizerSettings(learning_rate=0.01, weight_decay=0.01),
+            training=TrainingSettings(batch_size=8, max_tokens=16, evaluation_batch_size=8),
+            experts=experts or ExpertSettings(),
+            seed=3,
+        )
+        return House(spec=replace(spec, **more), source=source)
+
+    return make
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)

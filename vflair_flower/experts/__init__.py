@@ -1,0 +1,23 @@
+"""PC-MoE (arXiv 2506.02965): the experts of one model at many parties, called by all of them."""
+
+from vflair_flower.experts.caller import ExpertCaller
+from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
+from vflair_flower.experts.host import ExpertHost
+from vflair_flower.experts.loading import expert_layer_names, load_backbone, load_experts
+from vflair_flower.experts.modules import num_experts
+from vflair_flower.experts.placement import Placement, place_experts
+from vflair_flower.experts.protocol import expert_agreement
+
+__all__ = [
+    "ExpertCaller",
+    "ExpertChannel",
+    "ExpertHost",
+    "Placement",
+    "RemoteExperts",
+    "expert_agreement",
+    "expert_layer_names",
+    "load_backbone",
+    "load_experts",
+    "num_experts",
+    "place_experts",
+]

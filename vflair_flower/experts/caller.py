@@ -1,0 +1,209 @@
+"""The owner's calls to the hosts of experts: all at once, its own experts meanwhile; and what to do when one is lost.
+
+Invariants: a call ends at the latest at the link's deadline; an answer that comes later belongs to no one.
+"""
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vflair_flower.errors import PartyLostError, SessionClosedError, SessionError
+from vflair_flower.experts.dispatch import Answer, Portion
+from vflair_flower.experts.placement import Placement
+from vflair_flower.experts.protocol import INDEX_DTYPE, Codec
+from vflair_flower.remote.protocol import BACKWARD, FINISH, FORWARD, STEP
+from vflair_flower.session import Handler, Link, Reply, Request
+from vflair_flower.spec import SplitSpec
+
+
+class ExpertCaller:
+    """Calls the hosts of a model's experts; put it into `ExpertChannel.joined`.
+
+    Parameters
+    ----------
+    link : Link
+        An open link; every call has its deadline.
+    own : Handler
+        This party's own host of experts, called without the link.
+    placement : Placement
+        Who hosts what.
+    spec : SplitSpec
+        The job.
+    """
+
+    def __init__(self, link: Link, own: Handler, placement: Placement, spec: SplitSpec) -> None:
+        assert spec.experts is not None
+        self.combine = spec.experts.combine
+        self.rows_since_step = 0
+        """Over how many items (rows, asked tokens) the coming step's loss is the mean; tokens unless it is set."""
+        self.tokens = 0
+        """Tokens, padding counted, that went through the model so far."""
+        self.lost: dict[str, str] = {}
+        """Hosts that did not answer well, and what was seen; they are not asked again."""
+        self._link, self._own, self._placement = link, own, placement
+        self._settings = spec.experts
+        self._codec = Codec(spec)
+        self._host_of = [torch.tensor(layer) for layer in placement.host_of]
+        self._calls = 0
+        self._pool = ThreadPoolExecutor(len(placement.hosts), thread_name_prefix=f"vflair-owner-{link.party}")
+
+    def close(self) -> None:
+        """Free the threads."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def forward(
+        self, layer: int, rows_RD: Tensor, expert_R: Tensor, token_R: Tensor, weight_R: Tensor, *, keep: bool
+    ) -> Sequence[Answer]:
+        """Run rows, sorted by expert, at their hosts; see `ExpertCalls`."""
+        if layer == 0:
+            count = int(token_R.max()) + 1
+            self.tokens += count
+            self.rows_since_step += count if keep else 0
+        dtype = rows_RD.dtype
+        portions = self._portions(layer, expert_R.cpu(), token_R.cpu())
+        asked: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
+        for portion in portions:
+            self._calls += 1
+            tensors = {
+                **self._codec.pack("hidden", rows_RD[portion.first_U]),
+                "row": portion.token_N.to(INDEX_DTYPE),
+                "expert": portion.expert_N.to(INDEX_DTYPE),
+            }
+            if self.combine == "host":
+                tensors["weight"] = weight_R[portion.rows_N].to("cpu", torch.float32)
+            asked[portion.host] = (tensors, {"layer": layer, "call": self._calls, "keep": keep})
+        replies = self._ask(FORWARD, asked)
+        answers = []
+        for portion in portions:
+            output, reply = None, replies[portion.host]
+            if reply is not None:
+                length = len(portion.first_U) if self.combine == "host" else len(portion.rows_N)
+                output = self._checked("output", reply, length, rows_RD.shape[1], dtype, portion.host, FORWARD)
+            answers.append(Answer(portion=portion, call=int(asked[portion.host][1]["call"]), output=output))
+        return answers
+
+    def backward(
+        self, answers: Sequence[Answer], grad_RD: Tensor, weight_R: Tensor
+    ) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """Return what the hosts make of the gradient of what they answered; see `ExpertCalls`."""
+        asked = {}
+        for answer in answers:
+            if answer.output is None:
+                continue
+            tensors = self._codec.pack("grad", grad_RD[answer.portion.first_U])
+            if self.combine == "owner":
+                tensors["weight"] = weight_R[answer.portion.rows_N].to("cpu", torch.float32)
+            asked[answer.portion.host] = (tensors, {"call": answer.call})
+        replies = self._ask(BACKWARD, asked)
+        back: list[tuple[Tensor, Tensor | None]] = []
+        for answer in answers:
+            portion, reply = answer.portion, replies.get(answer.portion.host)
+            length = len(portion.first_U) if self.combine == "host" else len(portion.rows_N)
+            grad = None
+            if reply is not None:
+                grad = self._checked("grad", reply, length, grad_RD.shape[1], grad_RD.dtype, portion.host, BACKWARD)
+            if reply is None or grad is None:  # what it answered counts as a constant
+                back.append((torch.zeros(length, grad_RD.shape[1], dtype=grad_RD.dtype), None))
+            else:
+                back.append((grad, reply.tensors.get("weight_grad")))
+        return back
+
+    def step(self, *, step: int, total_steps: int) -> None:
+        """Tell all hosts that an optimiser step is due; returns when it is done at all of them."""
+        if self.rows_since_step == 0:
+            raise SessionError(
+                "a step is due, but no rows went through the model since the last one, so no expert has a gradient. "
+                "Run the forward and backward pass of a batch before every optimiser step."
+            )
+        meta: dict[str, Any] = {"rows": self.rows_since_step, "step": step, "total_steps": total_steps}
+        self._ask(STEP, {host: ({}, meta) for host in self._placement.hosts})
+        self.rows_since_step = 0
+
+    def finish(self) -> None:
+        """Tell all hosts that this owner is done in this session."""
+        self._ask(FINISH, {host: ({}, {}) for host in self._placement.hosts})
+
+    def joint_norm(self, squared: float) -> float:
+        """Refuse: gradients are not clipped over a model whose experts are at many parties."""
+        raise SessionError("max_grad_norm is set; it is not supported where experts are spread. Set it to 0.")
+
+    def refuse_too_few(self, answered_R: Tensor, token_R: Tensor, layer: int) -> None:
+        """Raise PartyLostError where fewer of a token's experts than `k_min` have answered."""
+        counts_T = torch.bincount(token_R, weights=answered_R.double())
+        fewest = int(counts_T.min())
+        if fewest < self._settings.k_min:
+            host, reason = next(iter(self.lost.items()))
+            raise PartyLostError(
+                host,
+                f"{reason}; in layer {layer} a token is left with {fewest} experts, and k_min is "
+                f"{self._settings.k_min}. Lower k_min, or train without that party",
+            )
+
+    def _portions(self, layer: int, expert_R: Tensor, token_R: Tensor) -> list[Portion]:
+        host_R = self._host_of[layer][expert_R]
+        portions = []
+        for index, host in enumerate(self._placement.hosts):
+            rows_N = torch.nonzero(host_R == index).squeeze(-1)
+            if len(rows_N) == 0:
+                continue
+            tokens_U, token_N = torch.unique(token_R[rows_N], return_inverse=True)
+            first_U = torch.empty_like(tokens_U)
+            first_U[token_N.flip(0)] = rows_N.flip(0)  # of several rows, the first is written last
+            portions.append(
+                Portion(host=host, rows_N=rows_N, expert_N=expert_R[rows_N], token_N=token_N, first_U=first_U)
+            )
+        return portions
+
+    def _ask(
+        self, operation: str, asked: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]]
+    ) -> dict[str, Reply | None]:
+        """Call hosts at once, this party's own last; None for one that is lost where that is to be skipped."""
+        futures: dict[str, Future[Reply]] = {}
+        for host, (tensors, meta) in asked.items():
+            if host not in self.lost and host != self._link.party:
+                futures[host] = self._pool.submit(self._link.call, host, operation, tensors, meta)
+        replies: dict[str, Reply | None] = dict.fromkeys(asked)
+        own = self._link.party
+        try:
+            if own in asked:
+                tensors, meta = asked[own]
+                replies[own] = self._own(Request(own, operation, dict(tensors), dict(meta)))
+        finally:
+            failures = {host: self._settled(future, replies, host) for host, future in futures.items()}
+        for host, error in failures.items():
+            if error is not None:
+                self._give_up(host, operation, error)
+        return replies
+
+    @staticmethod
+    def _settled(future: "Future[Reply]", replies: dict[str, Reply | None], host: str) -> SessionError | None:
+        try:
+            replies[host] = future.result()
+        except SessionError as error:
+            return error
+        return None
+
+    def _give_up(self, host: str, operation: str, error: SessionError) -> None:
+        ended = isinstance(error, SessionClosedError) and operation == FINISH
+        if self._settings.on_host_lost == "fail" and not ended:
+            raise error
+        self.lost.setdefault(host, f"the host '{host}' did not answer '{operation}': {error}")
+
+    def _checked(
+        self, name: str, reply: Reply, length: int, width: int, dtype: torch.dtype, host: str, operation: str
+    ) -> Tensor | None:
+        """Return an answer's vectors, or None if they are no answer and hosts may be skipped."""
+        vectors = self._codec.unpack(name, reply.tensors, dtype)
+        finite = vectors.shape == (length, width) and bool(torch.isfinite(vectors).all())
+        if finite:
+            return vectors
+        what = "numbers that are not finite" if vectors.shape == (length, width) else f"shape {tuple(vectors.shape)}"
+        self._give_up(
+            host,
+            operation,
+            SessionError(f"the host '{host}' answered '{operation}' with {what}, and ({length}, {width}) was asked"),
+        )
+        return None

@@ -1,0 +1,194 @@
+"""The owner's end of remote experts: a module without parameters in every layer, and the calls that it makes.
+
+T tokens of a forward pass, K experts per token, R = T * K rows sorted by expert, U different tokens of one host, D
+hidden.  Router, weights and the sum over experts stay with the owner (unless ``combine="host"``), in the very order of
+transformers' ``grouped_mm``, so that outputs and all gradients are bit for bit those of the whole model.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from vflair_flower.errors import SessionClosedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Portion:
+    """The rows of one layer that go to one host.
+
+    Parameters
+    ----------
+    host : str
+        Its name.
+    rows_N : torch.Tensor
+        Integer: their places among all R rows, ascending.
+    expert_N : torch.Tensor
+        Integer: their experts, ascending.
+    token_N : torch.Tensor
+        Integer: which of the U tokens each row is.
+    first_U : torch.Tensor
+        Integer: for each token, the place among all R rows of one of its rows.
+    """
+
+    host: str
+    rows_N: Tensor
+    expert_N: Tensor
+    token_N: Tensor
+    first_U: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What came back for a portion: `output` [N, D], or [U, D] if the host has combined; None if the host was lost."""
+
+    portion: Portion
+    call: int
+    output: Tensor | None
+
+
+class ExpertCalls(Protocol):
+    """What the layers of a model call: `vflair_flower.experts.caller.ExpertCaller`."""
+
+    combine: str
+
+    def forward(
+        self, layer: int, rows_RD: Tensor, expert_R: Tensor, token_R: Tensor, weight_R: Tensor, *, keep: bool
+    ) -> Sequence[Answer]:
+        """Run rows, sorted by expert, at their hosts."""
+
+    def backward(
+        self, answers: Sequence[Answer], grad_RD: Tensor, weight_R: Tensor
+    ) -> Sequence[tuple[Tensor, Tensor | None]]:
+        """Return, per answer, the gradient of its rows or tokens, and of its weights if the host has combined."""
+
+    def refuse_too_few(self, answered_R: Tensor, token_R: Tensor, layer: int) -> None:
+        """Raise PartyLostError where too few of a token's experts have answered."""
+
+
+class ExpertChannel:
+    """Joins the layers of one model to the calls that they make while a session is open."""
+
+    def __init__(self) -> None:
+        self.calls: ExpertCalls | None = None
+
+    @contextmanager
+    def joined(self, calls: ExpertCalls) -> Iterator[None]:
+        """Let the layers call hosts inside the block."""
+        self.calls = calls
+        try:
+            yield
+        finally:
+            self.calls = None
+
+
+class RemoteExperts(nn.Module):
+    """Stands where a layer's experts were: same call, no parameters.
+
+    Parameters
+    ----------
+    channel : ExpertChannel
+        Of the model.
+    layer : int
+        Place among the model's layers with experts.
+    """
+
+    def __init__(self, channel: ExpertChannel, layer: int) -> None:
+        super().__init__()
+        self.channel = channel
+        self.layer = layer
+
+    def forward(self, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Return ``[T, D]``, the weighted sum of the experts' outputs."""
+        calls = self.channel.calls
+        if calls is None:
+            raise SessionClosedError(
+                "the model's experts are at other parties, and no session is open to call them. Use the model inside "
+                "the session that opened it."
+            )
+        per_token = expert_TK.shape[1]
+        expert_R, order_R = torch.sort(expert_TK.reshape(-1))
+        token_R = order_R // per_token
+        rows_RD, weight_R = hidden_TD[token_R], weight_TK.reshape(-1)[order_R]
+        keep = torch.is_grad_enabled()
+        answers = calls.forward(self.layer, rows_RD.detach(), expert_R, token_R, weight_R.detach().float(), keep=keep)
+        answered_R = torch.ones_like(expert_R, dtype=torch.bool)
+        for answer in answers:
+            if answer.output is None:
+                answered_R[answer.portion.rows_N] = False
+        function = _Combined if calls.combine == "host" else _Weighted
+        sums_RD = function.apply(rows_RD, weight_R, calls, answers)  # type: ignore[no-untyped-call]
+        if not bool(answered_R.all()):
+            calls.refuse_too_few(answered_R, token_R, self.layer)
+            sums_RD = sums_RD * _more(weight_R, answered_R, token_R, len(hidden_TD)).unsqueeze(-1)
+        back_R = torch.empty_like(order_R)
+        back_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+        out_TD: Tensor = sums_RD[back_R].view(len(hidden_TD), per_token, -1).sum(1).to(hidden_TD.dtype)
+        return out_TD
+
+
+def _more(weight_R: Tensor, answered_R: Tensor, token_R: Tensor, tokens: int) -> Tensor:
+    """Return by how much the weights of the experts that answered grow, so that each token's keep their sum."""
+    zeros_T = torch.zeros(tokens, dtype=weight_R.dtype, device=weight_R.device)
+    whole_T = zeros_T.index_add(0, token_R, weight_R)
+    left_T = zeros_T.index_add(0, token_R, weight_R * answered_R)
+    return (whole_T / left_T)[token_R]
+
+
+class _Weighted(torch.autograd.Function):
+    """Rows times weights, whose backward pass asks the hosts for the gradient of what went in."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, weight_R: Tensor, calls: ExpertCalls, answers: Sequence[Answer]) -> Tensor:
+        out_RD = torch.zeros_like(rows_RD)
+        for answer in answers:
+            if answer.output is not None:
+                out_RD[answer.portion.rows_N] = answer.output.to(rows_RD.device)
+        ctx.calls, ctx.answers = calls, answers
+        ctx.save_for_backward(out_RD, weight_R)
+        return out_RD * weight_R.unsqueeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        out_RD, weight_R = ctx.saved_tensors
+        weight_grad_R = (grad_RD * out_RD).sum(-1, keepdim=True).squeeze(-1)
+        rows_grad_RD = torch.zeros_like(out_RD)
+        parts = ctx.calls.backward(ctx.answers, grad_RD, weight_R.float())
+        for answer, (part, _) in zip(ctx.answers, parts, strict=True):
+            rows_grad_RD[answer.portion.rows_N] = part.to(rows_grad_RD)
+        return rows_grad_RD, weight_grad_R, None, None
+
+
+class _Combined(torch.autograd.Function):
+    """As `_Weighted`, with hosts that have weighted and summed their rows by token.
+
+    A host's sum stands in the first of the token's rows at it, and zeros in the others, so that the sum over a token's
+    rows is the sum over its hosts.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, weight_R: Tensor, calls: ExpertCalls, answers: Sequence[Answer]) -> Tensor:
+        out_RD = torch.zeros_like(rows_RD)
+        for answer in answers:
+            if answer.output is not None:
+                out_RD[answer.portion.first_U] = answer.output.to(out_RD)
+        ctx.calls, ctx.answers = calls, answers
+        ctx.save_for_backward(rows_RD, weight_R)
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        rows_RD, weight_R = ctx.saved_tensors
+        rows_grad_RD, weight_grad_R = torch.zeros_like(rows_RD), torch.zeros_like(weight_R)
+        parts = ctx.calls.backward(ctx.answers, grad_RD, weight_R.float())
+        for answer, (part, weight_part) in zip(ctx.answers, parts, strict=True):
+            rows_grad_RD[answer.portion.first_U] = part.to(rows_grad_RD)
+            if weight_part is not None:
+                weight_grad_R[answer.portion.rows_N] = weight_part.to(weight_grad_R)
+        return rows_grad_RD, weight_grad_R, None, None

@@ -1,0 +1,281 @@
+"""The host's end of remote experts: answers owners' calls on the experts that it holds, and steps them.
+
+U tokens, R rows sorted by expert, D hidden.  Each call is computed by itself, never together with another owner's, so
+that nobody's answer depends on what others send meanwhile.
+Invariant: a forward call that nobody will differentiate leaves nothing behind.
+"""
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vflair_flower.errors import DeadlineError, PartyLostError, SessionError
+from vflair_flower.experts.modules import expert_modules, run_experts
+from vflair_flower.experts.protocol import Codec
+from vflair_flower.memory import MemoryParts, tensor_bytes
+from vflair_flower.remote.protocol import BACKWARD, FINISH, FORWARD, STEP
+from vflair_flower.remote.updates import UPDATES, BodyMode, StepRequest
+from vflair_flower.session import Reply, Request
+from vflair_flower.spec import SplitSpec
+
+_MODES = {"concurrent": BodyMode.SYNCHRONOUS, "round-robin": BodyMode.SEQUENTIAL}
+
+
+@dataclass(kw_only=True)
+class _Call:
+    """What an owner sent, and what was made of it."""
+
+    hidden_UD: Tensor
+    row_R: Tensor
+    expert_R: Tensor
+    weight_R: Tensor | None
+    layer: int
+    entered: Tensor | None = None
+    output: Tensor | None = None
+    """None, as `entered`, where it is computed again in the backward pass."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes kept for the backward pass, but for what autograd keeps inside."""
+        held = (self.hidden_UD, self.row_R, self.expert_R, self.weight_R, self.entered, self.output)
+        return tensor_bytes(tensor for tensor in held if tensor is not None)
+
+
+class ExpertHost:
+    """Holds some experts of each layer for a whole job and serves them in sessions, one after another.
+
+    Parameters
+    ----------
+    module : torch.nn.Module
+        As `load_experts` returns it.
+    names : sequence of str
+        The experts modules of the whole model, first layer first.
+    experts : sequence of tuple[int, ...]
+        Per layer, which experts are here, ascending.
+    spec : SplitSpec
+        The job.
+    deadline_s : float
+        Longest wait of one owner for another, in seconds.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Sequence[str],
+        experts: Sequence[tuple[int, ...]],
+        spec: SplitSpec,
+        *,
+        deadline_s: float,
+    ) -> None:
+        assert spec.experts is not None
+        self.spec = spec
+        self.module = module
+        held = expert_modules(module)
+        self._modules = [held.get(name) for name in names]
+        self._place_of = [{expert: place for place, expert in enumerate(layer)} for layer in experts]
+        self._update = UPDATES[_MODES[spec.experts.schedule]](module, spec.optimizer)
+        self._codec = Codec(spec)
+        self._dtype = spec.weights.torch_dtype
+        self._recompute = spec.training.gradient_checkpointing
+        self._deadline_s = deadline_s
+        self._changed = threading.Condition()
+        self._kept: dict[tuple[str, int], _Call] = {}
+        self._open: set[str] = set()
+        self._training = False
+        self._peak_kept = self._peak_gradients = 0
+
+    def begin(self, owners: Sequence[str], *, training: bool) -> None:
+        """Start serving a session of these owners."""
+        self.module.train(training)
+        with self._changed:
+            self._kept.clear()
+            self._open = set(owners)
+        self._training = training
+        if training:
+            self._update.begin(owners, self._deadline_s)
+
+    def __call__(self, request: Request) -> Reply:
+        """Answer one call (`vflair_flower.experts.protocol`)."""
+        with self._changed:
+            if request.source not in self._open:
+                raise PartyLostError(request.source, "it has left this session, or was never in it")
+        if request.operation == FORWARD:
+            return self._forward(request)
+        if request.operation == BACKWARD:
+            return self._backward(request)
+        if request.operation == STEP:
+            return self._step(request)
+        if request.operation == FINISH:
+            self.leave(request.source, lost=False)
+            return Reply({})
+        raise SessionError(f"the operation {request.operation!r} is unknown to a host of experts.")
+
+    def leave(self, party: str, *, lost: bool) -> None:
+        """Let an owner go, so that nobody waits for it; one that has left before is ignored."""
+        with self._changed:
+            if party not in self._open:
+                return
+            self._open.discard(party)
+            for key in [key for key in self._kept if key[0] == party]:
+                del self._kept[key]
+            self._changed.notify_all()
+        if self._training:
+            self._update.leave(party, lost=lost)
+
+    def wait_for_owners(self, timeout_s: float) -> None:
+        """Wait until every owner has finished or is lost, as long as others are at work; raises DeadlineError."""
+        limit = time.monotonic() + timeout_s
+        with self._changed:
+            while self._open:
+                if not self._changed.wait(max(0.0, limit - time.monotonic())):
+                    raise DeadlineError(
+                        f"the owners {', '.join(sorted(self._open))} have not finished after {timeout_s:g} s. Raise "
+                        "deadline_s if they are merely slow."
+                    )
+
+    def memory(self) -> MemoryParts:
+        """Return the peak memory of the experts, by part."""
+        return MemoryParts(
+            parameters=tensor_bytes(self.module.parameters()),
+            gradients=self._peak_gradients,
+            optimizer=self._update.optimizer_bytes(),
+            activations=self._peak_kept,
+        )
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimiser steps over the whole job."""
+        return self._update.steps_taken
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Return the trained parameters by their names in the whole model; each holds this host's experts alone."""
+        return {name: p.detach().cpu().clone() for name, p in self._update.parameters.items()}
+
+    def state(self) -> dict[str, object]:
+        """Return all that a checkpoint needs; readable by ``torch.load(weights_only=True)``."""
+        return {"trained": self.trained_state(), "update": self._update.state()}
+
+    def load_state(self, state: Mapping[str, object]) -> None:
+        """Put back what `state` returned."""
+        trained: dict[str, Tensor] = state["trained"]  # type: ignore[assignment]
+        with torch.no_grad():
+            for name, tensor in trained.items():
+                self._update.parameters[name].copy_(tensor)
+        self._update.load_state(state["update"])  # type: ignore[arg-type]
+
+    def _forward(self, request: Request) -> Reply:
+        call = self._read(request)
+        keep = bool(request.meta["keep"])
+        if keep and not self._training:
+            raise SessionError(
+                f"'{request.source}' asked for a differentiable forward pass in a session that does not train. "
+                "Evaluate under torch.no_grad()."
+            )
+        if keep:
+            self._update.before_forward(request.source)
+        remember = keep and not self._recompute
+        with torch.set_grad_enabled(remember):
+            entered, output = self._run(call)
+        if remember:
+            call.entered, call.output = entered, output
+        if keep:
+            with self._changed:
+                if request.source in self._open:
+                    self._kept[request.source, int(request.meta["call"])] = call
+                    self._peak_kept = max(self._peak_kept, sum(kept.num_bytes for kept in self._kept.values()))
+        return Reply(self._codec.pack("output", output))
+
+    def _read(self, request: Request) -> _Call:
+        hidden_UD = self._codec.unpack("hidden", request.tensors, self._dtype)
+        row_R, expert_R = (request.tensors[name].to(torch.int64) for name in ("row", "expert"))
+        weight_R = request.tensors.get("weight")
+        layer = int(request.meta["layer"])
+        known = self._place_of[layer] if 0 <= layer < len(self._place_of) else {}
+        strange = sorted(set(expert_R.tolist()) - known.keys())
+        fits = row_R.shape == expert_R.shape and (weight_R is None or weight_R.shape == row_R.shape)
+        if strange or not fits or len(row_R) == 0 or not 0 <= int(row_R.min()) <= int(row_R.max()) < len(hidden_UD):
+            raise SessionError(
+                f"'{request.source}' sent {len(row_R)} rows of {len(hidden_UD)} tokens for the experts "
+                f"{strange or sorted(set(expert_R.tolist()))} of layer {layer}; this host has {sorted(known)} there, "
+                "and each row needs an expert and one of the tokens sent."
+            )
+        place_R = torch.tensor([known[int(expert)] for expert in expert_R])
+        if bool((place_R[1:] < place_R[:-1]).any()):
+            raise SessionError(f"'{request.source}' sent rows that are not sorted by expert; sort them, stably.")
+        if self.spec.experts is not None and (self.spec.experts.combine == "host") is (weight_R is None):
+            raise SessionError(
+                f"'{request.source}' sent rows {'without' if weight_R is None else 'with'} weights, and the job "
+                f"combines at the {self.spec.experts.combine}."
+            )
+        weights = None if weight_R is None else weight_R.to(self._dtype).clone()
+        return _Call(hidden_UD=hidden_UD, row_R=row_R, expert_R=place_R, weight_R=weights, layer=layer)
+
+    def _run(self, call: _Call) -> tuple[Tensor, Tensor]:
+        """Return what the gradient is wanted of, rows or (where this host combines) tokens, and the answer."""
+        module = self._modules[call.layer]
+        assert module is not None
+        if call.weight_R is None:
+            rows_RD = call.hidden_UD[call.row_R].requires_grad_(torch.is_grad_enabled())
+            return rows_RD, run_experts(module, rows_RD, call.expert_R)
+        entered_UD = call.hidden_UD.detach().requires_grad_(torch.is_grad_enabled())
+        call.weight_R.requires_grad_(torch.is_grad_enabled())
+        out_RD = run_experts(module, entered_UD[call.row_R], call.expert_R)
+        sums_UD = torch.zeros_like(entered_UD).index_add(0, call.row_R, out_RD * call.weight_R.unsqueeze(-1))
+        return entered_UD, sums_UD
+
+    def _backward(self, request: Request) -> Reply:
+        key = (request.source, int(request.meta["call"]))
+        with self._changed:
+            call = self._kept.pop(key, None)
+        if call is None:
+            raise SessionError(
+                f"'{request.source}' sent the gradient of call {key[1]}, which is not open: it was never made, was "
+                "differentiated before, or its step has been taken. Run backward once per forward, before the step."
+            )
+        grad = self._codec.unpack("grad", request.tensors, self._dtype)
+        weight_R = request.tensors.get("weight")
+        if len(grad) != len(call.hidden_UD) or (call.weight_R is None) is (weight_R is None):
+            raise SessionError(
+                f"'{request.source}' sent the gradient of {len(grad)} tokens "
+                f"{'without' if weight_R is None else 'with'} weights, and call {key[1]} was of {len(call.hidden_UD)}; "
+                "send one per token, and weights where the owner combines."
+            )
+        if weight_R is not None:
+            grad = grad[call.row_R] * weight_R.to(self._dtype).unsqueeze(-1)
+        with torch.enable_grad():
+            entered, output = self._run(call) if call.output is None else (call.entered, call.output)
+        assert entered is not None
+        parameters = self._update.parameters
+        weights = () if call.weight_R is None else (call.weight_R,)
+        found = torch.autograd.grad(output, [entered, *weights, *parameters.values()], grad, allow_unused=True)
+        own = dict(zip(parameters, found[1 + len(weights) :], strict=True))
+        self._update.add_gradients(request.source, {name: g for name, g in own.items() if g is not None})
+        held = self._update.gradient_bytes()
+        with self._changed:
+            self._peak_gradients = max(self._peak_gradients, held)
+        back = self._codec.pack("grad", found[0])
+        if weights:
+            back["weight_grad"] = found[1].float()
+        return Reply(back)
+
+    def _step(self, request: Request) -> Reply:
+        rows = int(request.meta["rows"])
+        if not self._training or rows < 1:
+            raise SessionError(
+                f"'{request.source}' asked for a step over {rows} rows in a session that "
+                f"{'trains' if self._training else 'does not train'}. Run a batch before it, in training."
+            )
+        with self._changed:
+            for key in [key for key in self._kept if key[0] == request.source]:
+                del self._kept[key]
+        # Experts that no token came to have a gradient of zero, as in the whole model: AdamW moves them all the same.
+        pending = self._update.pending(request.source)
+        missing = {n: torch.zeros_like(p) for n, p in self._update.parameters.items() if n not in pending}
+        self._update.add_gradients(request.source, missing)
+        step, total = int(request.meta["step"]), int(request.meta["total_steps"])
+        self._update.step(request.source, StepRequest(rows=rows, step=step, total_steps=total))
+        return Reply({})

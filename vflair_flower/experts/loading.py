@@ -1,0 +1,171 @@
+"""Load a party's two parts of a mixture-of-experts model: the model without experts, and its own experts alone."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from vflair_flower.errors import ModelError
+from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
+from vflair_flower.experts.modules import expert_layers, expert_modules, keep_experts
+from vflair_flower.partition import LoadedSegment, ModelSource, Segment, load_segment
+from vflair_flower.partition.export import fetch_files, tensor_files
+from vflair_flower.partition.loading import quiet, task_class
+from vflair_flower.partition.sources import load_config
+from vflair_flower.partition.structure import num_blocks
+from vflair_flower.settings import TaskSettings, WeightSettings
+
+_LAYER, _EXPERT = re.compile(r"\.layers\.(\d+)\."), re.compile(r"\.experts\.(\d+)\.")
+
+
+def load_backbone(
+    source: ModelSource, task: TaskSettings, *, weights: WeightSettings | None = None, seed: int = 0
+) -> tuple[LoadedSegment, ExpertChannel]:
+    """Load all of a model but its experts, and the channel that its layers call theirs through.
+
+    Raises
+    ------
+    ModelError
+        If the checkpoint cannot be read, or its model has no experts.
+    """
+    channel = ExpertChannel()
+
+    def edit(model: PreTrainedModel) -> None:
+        for layer, name in enumerate(expert_layers(model)):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, RemoteExperts(channel, layer))
+
+    whole = Segment.whole(num_blocks(load_config(source, task)))
+    return load_segment(source, whole, task, weights=weights, seed=seed, edit=edit), channel
+
+
+def expert_layer_names(config: PreTrainedConfig, task: TaskSettings) -> tuple[str, ...]:
+    """Return the names of a model's experts modules, first layer first; raise ModelError if it has none."""
+    with torch.device("meta"):
+        return expert_layers(task_class(config, task)(config))
+
+
+def load_experts(
+    source: ModelSource,
+    experts: tuple[tuple[int, ...], ...],
+    task: TaskSettings,
+    *,
+    weights: WeightSettings | None = None,
+) -> nn.Module:
+    """Load some experts of each layer; no other tensor is read.
+
+    Parameters
+    ----------
+    source : ModelSource
+        The checkpoint, in safetensors.
+    experts : tuple[tuple[int, ...], ...]
+        Per layer with experts, which ones, ascending.
+    task : TaskSettings
+        Chooses the task class, whose names the parameters get.
+    weights : WeightSettings, optional
+        Their dtype; never quantised.
+
+    Returns
+    -------
+    torch.nn.Module
+        A tree of experts modules under their names in the whole model; a layer without own experts is not there.
+
+    Raises
+    ------
+    ModelError
+        If the checkpoint cannot be read or lacks an expert.
+    """
+    config = load_config(source, task)
+    names = expert_layer_names(config, task)
+    blocks = [int(found[1]) for name in names if (found := _LAYER.search(f".{name}.")) is not None]
+    own = {block: list(chosen) for block, chosen in zip(blocks, experts, strict=True)}
+    files = tensor_files(source)
+    wanted = {name: file for name, file in files.items() if _is_own(name, own)}
+    fetch_files(source, wanted.values())
+    dtype = (weights or WeightSettings()).torch_dtype
+    shard_class = _shard_class(task_class(config, task), dict(zip(names, experts, strict=True)))
+    try:
+        opened: dict[str, Any] = {}
+        state: dict[str, Any] = {}
+        for name, file in wanted.items():
+            held = opened.setdefault(str(file), safe_open(file, framework="pt"))
+            state |= _renumbered(name, held.get_slice(name), own)
+        with quiet():
+            loaded: Any = shard_class.from_pretrained(
+                None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"the experts of {source.location!r} could not be read: {error}") from error
+    model, info = loaded
+    if info["missing_keys"]:
+        raise ModelError(
+            f"the checkpoint {source.location!r} lacks {len(info['missing_keys'])} tensors of this party's experts, "
+            f"the first is {sorted(info['missing_keys'])[0]!r}. It belongs to another architecture, or is not whole."
+        )
+    return tree({name: module for name, module in expert_modules(model).items() if module.num_experts})
+
+
+def tree(modules: Mapping[str, nn.Module]) -> nn.Module:
+    """Return a module that has these modules under their dotted names and nothing else."""
+    root = nn.Module()
+    for name, module in modules.items():
+        *parents, leaf = name.split(".")
+        place = root
+        for part in parents:
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+            place = place.get_submodule(part)
+        place.add_module(leaf, module)
+    return root
+
+
+def _is_own(name: str, own: Mapping[int, list[int]]) -> bool:
+    layer, expert = _LAYER.search(name), _EXPERT.search(name)
+    if ".experts." not in name or layer is None:
+        return False
+    chosen = own.get(int(layer[1]), [])
+    return bool(chosen) if expert is None else int(expert[1]) in chosen
+
+
+def _renumbered(name: str, tensor: Any, own: Mapping[int, list[int]]) -> dict[str, Any]:
+    """Return a tensor under the name that it has where there are no other experts; of fused ones, its own rows."""
+    layer, expert = _LAYER.search(name), _EXPERT.search(name)
+    assert layer is not None
+    chosen = own[int(layer[1])]
+    if expert is not None:
+        return {f"{name[: expert.start(1)]}{chosen.index(int(expert[1]))}{name[expert.end(1) :]}": tensor}
+    return {name: torch.stack([tensor[index] for index in chosen])}
+
+
+def _shard_class(cls: type[PreTrainedModel], own: Mapping[str, tuple[int, ...]]) -> type[PreTrainedModel]:
+    """Return a subclass of a task class that keeps, as it is built, some experts and nothing else."""
+
+    def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, config, *args, **kwargs)
+        kept = {name for name, experts in own.items() if experts}
+        for name, module in expert_modules(self).items():
+            keep_experts(module, own[name])
+        for name in [name for name, _ in self.named_modules()]:
+            above = any(keep.startswith(f"{name}.") for keep in kept)
+            inside = any(f"{name}.".startswith(f"{keep}.") for keep in kept)
+            if not name or above or inside:
+                continue
+            parent, _, leaf = name.rpartition(".")
+            try:
+                place = self.get_submodule(parent)
+            except AttributeError:
+                continue  # went with what it was in
+            if leaf in place._modules:
+                setattr(place, leaf, nn.Identity())
+        for place in self.modules():
+            if not any(place is module for module in expert_modules(self).values()):
+                for name in list(place._parameters):
+                    place._parameters[name] = None
+        self.all_tied_weights_keys = {}
+
+    body: dict[str, Any] = {"__init__": build, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), body)
