@@ -10,12 +10,14 @@ Invariant: batches and dropout depend on seed, party and step alone, so a resume
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from vflair_flower.clients.generation import TextGeneration, generate_texts
 from vflair_flower.clients.naming import party_name
@@ -117,15 +119,14 @@ class DataParty:
         card = PartyCard(party=party_name(context), role=DATA_PARTY_ROLE, rows=counts, versions=package_versions())
         content = RecordDict({KEY: card.to_record()})
         if config["want-arrays"]:
-            own = load_data_segment(spec, context, self._base(context))
-            content["arrays"] = ArrayRecord(trained_state(own.model))
+            content["arrays"] = ArrayRecord(self._initial(spec, context))
         return Message(content, reply_to=message)
 
     def train(self, message: Message, context: Context) -> Message:
         """Train the round's steps and reply with the trained arrays."""
         self._set_threads(context)
         rows = self._rows(context)
-        with split_session(message, context, base_dir=self._base(context)) as session:
+        with self._session(message, context) as session:
             offer = SessionOffer.from_content(message.content)
             store = PartyStore(self._state(context), job=offer.job, party=offer.party)
             trained = train_round(session, rows, store)
@@ -137,7 +138,7 @@ class DataParty:
         self._set_threads(context)
         config = message.content["config"]
         rows = self._rows(context).split(str(config.get("split", "validation")))
-        with split_session(message, context, base_dir=self._base(context)) as session:
+        with self._session(message, context) as session:
             evaluated = evaluate_rows(session, rows)
             report = session.report()
         if config.get("report-rows", False):
@@ -149,6 +150,14 @@ class DataParty:
         """Write texts for this party's own prompts; they stay here (`vflair_flower.clients.generation`)."""
         self._set_threads(context)
         return generate_texts(message, context, self._generation, base_dir=self._base(context))
+
+    def _session(self, message: Message, context: Context) -> AbstractContextManager[PartySession]:
+        """Open the session that a message invites to."""
+        return split_session(message, context, base_dir=self._base(context))
+
+    def _initial(self, spec: SplitSpec, context: Context) -> dict[str, Tensor]:
+        """Return what all parties start from, drawn from the job's seed."""
+        return trained_state(load_data_segment(spec, context, self._base(context)).model)
 
     def _base(self, context: Context) -> Path | None:
         return self._base_dir(context) if callable(self._base_dir) else self._base_dir

@@ -35,6 +35,7 @@ from vflair_flower.remote import RemoteSegment, parameter_counts
 from vflair_flower.remote.averaging import average_gradients
 from vflair_flower.remote.clipping import clip_gradients
 from vflair_flower.remote.protocol import AVERAGER, FINISH
+from vflair_flower.remote.segment import StepCalls
 from vflair_flower.session import Agreement, Link, connect
 from vflair_flower.spec import SplitSpec
 
@@ -54,7 +55,7 @@ class PartySession:
         Who this is and what the session is for.
     """
 
-    def __init__(self, message: Message, own: DataSegment, link: Link, remote: RemoteSegment) -> None:
+    def __init__(self, message: Message, own: DataSegment, link: Link, remote: StepCalls) -> None:
         offer = SessionOffer.from_content(message.content)
         self.spec = own.spec
         self.party = offer.party
@@ -189,8 +190,17 @@ class PartySession:
         values: dict[str, Any] = {"num-examples": num_examples, **(metrics or {})}
         content = RecordDict({"metrics": MetricRecord(values), KEY: (report or self.report()).to_record()})
         if self.training:
-            content["arrays"] = ArrayRecord(trained_state(self.model))
+            content["arrays"] = ArrayRecord(self._shared_state())
         return Message(content, reply_to=self._reply_to)
+
+    def finish(self) -> None:
+        """Tell the others that no more steps come, so that nobody waits for them; the end of the block does it."""
+        if self.training and self.spec.averaging == "step":
+            self._link.call(AVERAGER, FINISH, {})
+        self._remote.finish()
+
+    def _shared_state(self) -> dict[str, torch.Tensor]:
+        return trained_state(self.model)
 
 
 @contextmanager
@@ -227,10 +237,9 @@ def split_session(message: Message, context: Context, *, base_dir: Path | None =
     with connect_to(offer) as link:
         remote = RemoteSegment(link, own.spec)
         with own.channel.joined(remote):
-            yield PartySession(message, own, link, remote)
-            if offer.training and own.spec.averaging == "step":
-                link.call(AVERAGER, FINISH, {})
-            remote.finish()
+            session = PartySession(message, own, link, remote)
+            yield session
+            session.finish()
 
 
 def connect_to(offer: SessionOffer) -> Link:

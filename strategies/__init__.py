@@ -1,7 +1,9 @@
 """Flower strategies that train a model in segments."""
 
+from vflair_flower.strategies.collaborative_moe import CollaborativeMoE
 from vflair_flower.strategies.generation import GenerationCounts
 from vflair_flower.strategies.hub_settings import HubSettings
-from vflair_flower.strategies.split_learning import RoundRecord, SplitLearning
+from vflair_flower.strategies.session_strategy import RoundRecord, SessionStrategy
+from vflair_flower.strategies.split_learning import SplitLearning
 
-__all__ = ["GenerationCounts", "HubSettings", "RoundRecord", "SplitLearning"]
+__all__ = ["CollaborativeMoE", "GenerationCounts", "HubSettings", "RoundRecord", "SessionStrategy", "SplitLearning"]

@@ -49,7 +49,8 @@ class SplitSpec:
         ``"float32"`` ends bit equality with the unsplit model.
     averaging : str
         When the data parties' heads and tails are made equal: ``"round"``, by the aggregator at the end of the round,
-        or ``"step"``, their gradients at every step as well (`vflair_flower.remote.averaging`).
+        or ``"step"``, their gradients at every step as well (`vflair_flower.remote.averaging`).  ``"none"``, for
+        `CollaborativeMoE` alone, never.
     seed : int
         Of initialisation, batch order and dropout.
     """
@@ -70,7 +71,12 @@ class SplitSpec:
 
     def __post_init__(self) -> None:
         one_of("wire_dtype", self.wire_dtype, tuple(WIRE_DTYPES))
-        one_of("averaging", self.averaging, ("round", "step"))
+        one_of("averaging", self.averaging, ("round", "step", "none"))
+        if self.averaging == "none" and self.experts is None:
+            raise ConfigurationError(
+                "averaging is 'none', and parties that never average their heads and tails train different models on "
+                "one body. Set it to 'round' or 'step'; 'none' is for experts spread over parties."
+            )
         one_of("scope", self.scope, ("full", "local"))
         if self.weights.quantization == "int8" and self.tuning is not None and self.tuning.method == "dora":
             raise ConfigurationError(

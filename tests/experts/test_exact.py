@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.experts.conftest import MOE, batch_of, merged
+from vflair_flower.experts import expert_layer_names
 
 
 def steps(house: Any, count: int, number: int = 3) -> tuple[list, dict, list, dict]:
@@ -29,7 +30,13 @@ def steps(house: Any, count: int, number: int = 3) -> tuple[list, dict, list, di
         first = owner.model(**batch_of(0))
         first.loss.backward()
         own = {name: p.grad.clone() for name, p in owner.model.named_parameters() if p.grad is not None}
+        placement = house.placement([c.name for c in companies])
+        layers = expert_layer_names(whole.config, house.spec.task)
         for company in companies:
+            for name, gradient in company.host._update.pending(owner.name).items():
+                layer = next(i for i, own in enumerate(layers) if name.startswith(f"{own}."))
+                experts = list(placement.experts_of(company.name)[layer])
+                assert torch.equal(gradient, gradients[name][experts]), name
             company.host._update.drop(owner.name)
         owner.caller.rows_since_step = 0
         for step in range(number):

@@ -23,7 +23,17 @@ from vflair_flower.session.transport import Hello, InprocPlane, Wire
 
 PLANES = {"inproc": "inproc", "grpc": "127.0.0.1:0"}
 NOT_A_HANG_S = 20.0
-ALL = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+ALL = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
 
 X = TensorSpec("x", ALL, (64, 64))
 AGREEMENT = Agreement(

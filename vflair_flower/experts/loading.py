@@ -18,6 +18,7 @@ from vflair_flower.partition.loading import quiet, task_class
 from vflair_flower.partition.sources import load_config
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.settings import TaskSettings, WeightSettings
+from vflair_flower.spec import SplitSpec
 
 _LAYER, _EXPERT = re.compile(r"\.layers\.(\d+)\."), re.compile(r"\.experts\.(\d+)\.")
 
@@ -41,6 +42,14 @@ def load_backbone(
 
     whole = Segment.whole(num_blocks(load_config(source, task)))
     return load_segment(source, whole, task, weights=weights, seed=seed, edit=edit), channel
+
+
+def backbone_parameters(config: PreTrainedConfig, spec: SplitSpec) -> int:
+    """Return how many parameters a party's own model has, experts left out; built on the meta device."""
+    with torch.device("meta"):
+        model = task_class(config, spec.task)(config)
+    inside = {id(p) for module in expert_modules(model).values() for p in module.parameters()}
+    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values() if id(p) not in inside)
 
 
 def expert_layer_names(config: PreTrainedConfig, task: TaskSettings) -> tuple[str, ...]:

@@ -4,12 +4,12 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from vflair_flower.remote.segment import RemoteSegment
+from vflair_flower.remote.segment import StepCalls
 from vflair_flower.remote.updates import squared_norm
 from vflair_flower.settings import OptimizerSettings
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], remote: RemoteSegment, settings: OptimizerSettings) -> float:
+def clip_gradients(parameters: Iterable[nn.Parameter], remote: StepCalls, settings: OptimizerSettings) -> float:
     """Scale this party's gradients down, in place, as the model party will scale its own at the coming step.
 
     Equals `torch.nn.utils.clip_grad_norm_` on the whole model but for rounding.  What crosses is one number each way.
@@ -18,7 +18,7 @@ def clip_gradients(parameters: Iterable[nn.Parameter], remote: RemoteSegment, se
     ----------
     parameters : iterable of torch.nn.Parameter
         All that this party trains.
-    remote : RemoteSegment
+    remote : StepCalls
         Joins the model party.
     settings : OptimizerSettings
         The highest norm is above 0.

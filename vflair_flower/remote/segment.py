@@ -9,7 +9,7 @@ Invariant: a forward call that nobody will differentiate leaves nothing behind a
 import itertools
 import weakref
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,24 @@ from vflair_flower.partition.structure import Part
 from vflair_flower.remote import protocol
 from vflair_flower.session import Link
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
+
+
+class StepCalls(Protocol):
+    """What a training loop needs of whoever holds the rest of a model, one segment or the experts of every layer."""
+
+    rows_since_step: int
+    """Over how many items (rows, windows, asked tokens) the coming step's loss is the mean."""
+    tokens: int
+    """Tokens that went through forward calls so far."""
+
+    def step(self, *, step: int, total_steps: int) -> None:
+        """Tell the others that an optimiser step is due; returns when it is done there."""
+
+    def joint_norm(self, squared: float) -> float:
+        """Return the norm of the whole model's gradient, of which the square of this party's part is given."""
+
+    def finish(self) -> None:
+        """Tell the others that no more steps come in this session."""
 
 
 class RemoteSegment:

@@ -1,0 +1,169 @@
+"""A party of PC-MoE: owns rows and a model without experts, and hosts some experts of every layer for all parties.
+
+    app = ClientApp()
+    ExpertParty(my_rows, state_dir=Path("state")).register(app)
+
+It trains and serves at the same time, until every party is done.  Its own model and its experts stay in its own files
+between rounds; its own model leaves it only where the job averages (`SplitSpec.averaging`).
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context, Message
+from torch import Tensor
+
+from vflair_flower.certificate import load_admitted_config
+from vflair_flower.clients.data_party import DataParty
+from vflair_flower.clients.segment import DataSegment
+from vflair_flower.clients.session import PartySession, connect_to
+from vflair_flower.clients.store import PartyStore
+from vflair_flower.control import RoundReport, SessionOffer
+from vflair_flower.errors import ConfigurationError
+from vflair_flower.experts import (
+    ExpertCaller,
+    ExpertHost,
+    expert_layer_names,
+    load_backbone,
+    load_experts,
+    num_experts,
+    place_experts,
+)
+from vflair_flower.memory import MemoryParts
+from vflair_flower.partition import ModelSource, load_trained_state, resolve_model, trained_state
+from vflair_flower.remote import parameter_counts
+from vflair_flower.session import Link
+from vflair_flower.spec import SplitSpec
+
+_WAIT_FOR_OTHERS = 10.0
+"""How many deadlines a party that is done serves the others."""
+
+
+class ExpertSession(PartySession):
+    """An open session of a party that trains and hosts; made by `expert_session`.
+
+    Attributes
+    ----------
+    host : ExpertHost
+        This party's own experts.
+    lost_hosts : dict[str, str]
+        Hosts that did not answer well, and what was seen.
+    """
+
+    def __init__(self, message: Message, own: DataSegment, link: Link, caller: ExpertCaller, host: ExpertHost) -> None:
+        super().__init__(message, own, link, caller)
+        self.host = host
+        self.lost_hosts = caller.lost
+
+    def report(self) -> RoundReport:
+        """Return what was measured so far, experts included."""
+        report = super().report()
+        held, trained = parameter_counts(self.host.module)
+        return replace(
+            report,
+            parameters_held=report.parameters_held + held,
+            parameters_trained=report.parameters_trained + trained,
+        )
+
+    def memory(self) -> MemoryParts:
+        """Return the peak memory of this party's own model and its experts together, by part."""
+        own, hosted = super().memory().to_json(), self.host.memory().to_json()
+        return MemoryParts(**{name: count + hosted[name] for name, count in own.items()})
+
+    def _shared_state(self) -> dict[str, Tensor]:
+        return {} if self.spec.averaging == "none" else super()._shared_state()
+
+
+class ExpertParty(DataParty):
+    """The client side of `CollaborativeMoE`; parameters as of `DataParty`."""
+
+    def _session(self, message: Message, context: Context) -> AbstractContextManager[ExpertSession]:
+        return expert_session(message, context, state_dir=self._state(context), base_dir=self._base(context))
+
+    def _initial(self, spec: SplitSpec, context: Context) -> dict[str, Tensor]:
+        source = _source(spec, context, self._base(context))
+        loaded, _ = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
+        return {} if spec.averaging == "none" else trained_state(loaded.model)
+
+
+@contextmanager
+def expert_session(
+    message: Message, context: Context, *, state_dir: Path, base_dir: Path | None = None
+) -> Iterator[ExpertSession]:
+    """Open the session that a train or evaluate message invites to, and serve this party's experts in it.
+
+    At the end it waits until all parties are done, and keeps what was trained here for the next round.
+
+    Parameters
+    ----------
+    message : flwr.app.Message
+        Sent by `vflair_flower.strategies.CollaborativeMoE`.
+    context : flwr.app.Context
+        The node's; ``node_config["model-path"]`` overrides where this party finds the model.
+    state_dir : pathlib.Path
+        Folder of this party's own.
+    base_dir : pathlib.Path, optional
+        What a relative model folder is relative to.
+
+    Yields
+    ------
+    ExpertSession
+        With the model ready to be trained or evaluated; call it as any transformers model.
+
+    Raises
+    ------
+    ConfigurationError
+        If the message is not ours, or this party's model does not fit the job.
+    PartyLostError
+        If a host is lost and the job is to fail then.
+    """
+    offer = SessionOffer.from_content(message.content)
+    spec = SplitSpec.from_json(offer.spec)
+    source = _source(spec, context, base_dir)
+    loaded, channel = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
+    host, names = _host(source, spec, offer)
+    store = PartyStore(state_dir / "models", job=offer.job, party=offer.party)
+    # An evaluation after round r runs on what round r left; training in round r on what the round before left.
+    saved = store.load(offer.server_round - 1 if offer.training else offer.server_round)
+    if saved is not None:
+        host.load_state(saved["host"])
+        load_trained_state(loaded.model, saved["own"])
+    arrays = next(iter(message.content.array_records.values()), None)
+    if arrays:
+        load_trained_state(loaded.model, arrays.to_torch_state_dict())
+    loaded.model.train(offer.training)
+    host.begin(offer.parties, training=offer.training)
+    own = DataSegment(spec=spec, source=source, model=loaded.model, channel=loaded.channel)
+    with connect_to(offer) as link:
+        link.on_lost(lambda party, _reason: host.leave(party, lost=True))
+        link.serve(host)
+        caller = ExpertCaller(link, host, names, spec)
+        try:
+            with channel.joined(caller):
+                session = ExpertSession(message, own, link, caller, host)
+                yield session
+                session.finish()
+            host.wait_for_owners(_WAIT_FOR_OTHERS * offer.deadline_s)
+        finally:
+            caller.close()
+    if offer.training:
+        kept: Mapping[str, Any] = {"own": trained_state(loaded.model), "host": host.state()}
+        store.save(offer.server_round, dict(kept))
+
+
+def _host(source: ModelSource, spec: SplitSpec, offer: SessionOffer) -> tuple[ExpertHost, Any]:
+    if spec.experts is None:
+        raise ConfigurationError("the message is of a job without experts; register a DataParty for it.")
+    config = load_admitted_config(source, spec.task)
+    names = expert_layer_names(config, spec.task)
+    placement = place_experts(spec.experts, offer.parties, layers=len(names), experts=num_experts(config))
+    own = placement.experts_of(offer.party)
+    module = load_experts(source, own, spec.task, weights=spec.weights)
+    return ExpertHost(module, names, own, spec, deadline_s=offer.deadline_s), placement
+
+
+def _source(spec: SplitSpec, context: Context, base_dir: Path | None) -> ModelSource:
+    return resolve_model(str(context.node_config.get("model-path", spec.model)), base_dir)

@@ -1,0 +1,134 @@
+"""PC-MoE (arXiv 2506.02965) as a Flower strategy: parties train one mixture-of-experts model, each hosting experts.
+
+    spec = SplitSpec(model="org/moe", task=..., tuning=None, experts=ExpertSettings(), averaging="none")
+    with CollaborativeMoE(spec=spec, aggregator=FedAvg()) as strategy:
+        result = strategy.start(grid)
+
+Each party keeps its rows and a model without experts of its own; it hosts a share of every layer's experts, which all
+parties call through the hub.  Nothing is held here.  Where we differ from the paper: a token's expert outputs return
+to its owner ("return"), which equals the whole model exactly; the paper hands the token on to the expert's host, and
+leaves open what attention over tokens at different hosts would be.
+"""
+
+from logging import INFO
+from pathlib import Path
+
+from flwr.common.logger import log
+from flwr.serverapp.strategy import Strategy
+
+from vflair_flower.certificate import load_admitted_config
+from vflair_flower.errors import ConfigurationError
+from vflair_flower.experts import expert_agreement, expert_layer_names, num_experts, place_experts
+from vflair_flower.experts.loading import backbone_parameters
+from vflair_flower.partition import resolve_model
+from vflair_flower.remote import BodyMode
+from vflair_flower.spec import SplitSpec
+from vflair_flower.strategies.hub_settings import HubSettings
+from vflair_flower.strategies.session_strategy import SessionStrategy
+from vflair_flower.strategies.sessions import SessionSettings
+
+
+class CollaborativeMoE(SessionStrategy):
+    """Train a mixture-of-experts model whose experts are at many parties, round by round.
+
+    Parameters
+    ----------
+    spec : SplitSpec
+        With `experts`.  `averaging` says what becomes of the parties' own models: ``"none"`` keeps them private, as in
+        the paper; ``"round"`` lets the aggregator average them; ``"step"`` averages gradients, so that ``"concurrent"``
+        training is centralised training on the joined batch.
+    aggregator : flwr.serverapp.strategy.Strategy
+        Samples parties; must take all of them, for each hosts experts that no other has.
+    hub : HubSettings
+        Where parties dial.
+    parties : int
+        How many there will be; they are placed before they come.
+    deadline_s, join_deadline_s, hello_deadline_s, on_party_lost, job, checkpoint_dir, resume, base_dir, progress_s
+        As in `SplitLearning`; what becomes of tokens whose host is lost is `ExpertSettings.on_host_lost`.
+
+    Raises
+    ------
+    ConfigurationError
+        Before anything runs, if the job does not fit the model or the parties.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: SplitSpec,
+        aggregator: Strategy,
+        parties: int,
+        hub: HubSettings | None = None,
+        deadline_s: float = 120.0,
+        join_deadline_s: float = 120.0,
+        hello_deadline_s: float = 300.0,
+        on_party_lost: str = "stop",
+        job: str = "job",
+        checkpoint_dir: Path | None = None,
+        resume: bool = False,
+        base_dir: Path | None = None,
+        progress_s: float = 2.0,
+    ) -> None:
+        check_expert_job(spec)
+        assert spec.experts is not None
+        source = resolve_model(spec.model, base_dir)
+        config = load_admitted_config(source, spec.task)
+        layers, experts = len(expert_layer_names(config, spec.task)), num_experts(config)
+        place_experts(spec.experts, [str(index) for index in range(parties)], layers=layers, experts=experts)
+        trained = backbone_parameters(config, spec) if spec.averaging == "step" else 0
+        super().__init__(
+            sessions=SessionSettings(
+                spec=spec,
+                agreement=expert_agreement(spec, config, trained_parameters=trained),
+                hub=hub or HubSettings(),
+                body_mode=BodyMode.SYNCHRONOUS,
+                job=job,
+                deadline_s=deadline_s,
+                join_deadline_s=join_deadline_s,
+                on_party_lost=on_party_lost,
+                progress_s=progress_s,
+            ),
+            aggregator=aggregator,
+            config=config,
+            hello_deadline_s=hello_deadline_s,
+            checkpoint_dir=checkpoint_dir,
+            resume=resume,
+        )
+        self._shape = (layers, experts, parties)
+
+    def summary(self) -> None:
+        """Log the strategy's settings."""
+        settings = self.spec.experts
+        assert settings is not None
+        layers, experts, parties = self._shape
+        shape = (experts, layers, parties, settings.placement)
+        log(INFO, "\t├──> Experts: %d in each of %d layers, over %d parties (%s)", *shape)
+        log(INFO, "\t├──> Schedule: %s, combined at the %s", settings.schedule, settings.combine)
+        log(INFO, "\t├──> Hub: %s, deadline %g s", self._hub.address, self._sessions.deadline_s)
+        log(INFO, "\t└──> Aggregator: %s", type(self.aggregator).__name__)
+        self.aggregator.summary()
+
+
+def check_expert_job(spec: SplitSpec) -> None:
+    """Raise ConfigurationError for a specification that experts at many parties cannot be trained by."""
+    if spec.experts is None:
+        raise ConfigurationError("experts is not set in the job's specification; set experts=ExpertSettings().")
+    if spec.tuning is not None:
+        raise ConfigurationError(
+            "tuning is LoRA, and experts at many parties are trained whole by this version. Set tuning=None."
+        )
+    if spec.averaging == "step" and spec.experts.schedule != "concurrent":
+        raise ConfigurationError(
+            f"averaging is 'step' and the schedule {spec.experts.schedule!r}: averaging waits for all parties at every "
+            "step, and only 'concurrent' lets all of them step at once. Set averaging to 'none' or 'round'."
+        )
+    if spec.optimizer.max_grad_norm:
+        raise ConfigurationError(
+            f"max_grad_norm is {spec.optimizer.max_grad_norm}; gradients are not clipped over a model whose experts "
+            "are at many parties. Set it to 0."
+        )
+    if spec.weights.quantization != "none" or spec.scope != "full":
+        raise ConfigurationError(
+            f"quantization is {spec.weights.quantization!r} and scope {spec.scope!r}; a model whose experts are spread "
+            "is trained whole. Set them to 'none' and 'full'."
+        )

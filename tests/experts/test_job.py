@@ -1,0 +1,212 @@
+"""PC-MoE through Flower messages: parties train beside each other, keep what is theirs, and go on where they were."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ConfigRecord
+from flwr.serverapp.strategy import FedAvg
+from transformers import AutoTokenizer, MixtralConfig, MixtralForSequenceClassification
+
+from tests.experts.moe_app import app
+from tests.inprocess_grid import InProcessGrid
+from tests.tiny import LABELS, save_tiny, tiny_rows
+from vflair_flower.errors import ConfigurationError, PartyLostError
+from vflair_flower.experts import place_experts
+from vflair_flower.experts.loading import expert_layer_names
+from vflair_flower.partition import Segment, load_config, load_segment, resolve_model
+from vflair_flower.settings import ExpertSettings, LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings
+from vflair_flower.spec import SplitSpec
+from vflair_flower.strategies import CollaborativeMoE, HubSettings
+from vflair_flower.tasks import BatchOrder, collate, encode
+
+PARTIES, BLOCKS, EXPERTS = 4, 2, 8
+TASK = TaskSettings(label_names=LABELS)
+
+
+@pytest.fixture(scope="module")
+def tiny_moe(tmp_path_factory) -> str:
+    folder = save_tiny(tmp_path_factory.mktemp("moe"), "llama")
+    torch.manual_seed(7)
+    config = MixtralConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=2,
+        pad_token_id=0,
+        num_labels=len(LABELS),
+    )
+    model = MixtralForSequenceClassification(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(6.0)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def nodes(tmp_path):
+    return [
+        {"partition-id": i, "num-partitions": PARTIES, "state-dir": str(tmp_path / f"p{i}")} for i in range(PARTIES)
+    ]
+
+
+@pytest.fixture
+def spec(tiny_moe):
+    return SplitSpec(
+        model=tiny_moe,
+        task=TASK,
+        tuning=None,
+        optimizer=OptimizerSettings(learning_rate=2e-3),
+        training=TrainingSettings(rounds=2, local_steps=4, batch_size=4, max_tokens=16),
+        experts=ExpertSettings(),
+        averaging="none",
+        seed=3,
+    )
+
+
+def run(nodes, spec, *, num_rounds=None, **settings):
+    aggregator = FedAvg(min_train_nodes=PARTIES, min_evaluate_nodes=PARTIES, min_available_nodes=PARTIES)
+    grid = InProcessGrid(app, nodes)
+    more = {"hub": HubSettings(bind="inproc"), "deadline_s": 20.0, "parties": PARTIES, **settings}
+    with CollaborativeMoE(spec=spec, aggregator=aggregator, **more) as strategy:
+        strategy.start(grid, num_rounds=num_rounds)
+        metrics, reports = strategy.evaluate(grid, config=ConfigRecord({"split": "test", "report-rows": True}))
+    return strategy, metrics, reports
+
+
+def kept(nodes: list[dict], job: str, server_round: int) -> list[dict]:
+    """What each party keeps on its own disk after a round."""
+    folders = [Path(node["state-dir"]) / "models" / job / f"party-{i}" for i, node in enumerate(nodes)]
+    return [torch.load(folder / f"round-{server_round:05d}.pt", weights_only=True) for folder in folders]
+
+
+def whole_of(states: list[dict], spec: SplitSpec, owner: int) -> dict[str, torch.Tensor]:
+    """Put one party's own model and all hosts' experts together."""
+    config = load_config(resolve_model(spec.model), spec.task)
+    layers = expert_layer_names(config, spec.task)
+    names = [f"party-{i}" for i in range(PARTIES)]
+    placement = place_experts(spec.experts, names, layers=len(layers), experts=EXPERTS)
+    model = dict(states[owner]["own"])
+    for index, layer in enumerate(layers):
+        for leaf in ("gate_up_proj", "down_proj"):
+            name = f"{layer}.{leaf}"
+            parts = [state["host"]["trained"][name] for state in states]
+            full = torch.full((EXPERTS, *parts[0].shape[1:]), float("nan"))
+            for party, part in zip(names, parts, strict=True):
+                full[list(placement.experts_of(party)[index])] = part
+            model[name] = full
+    return model
+
+
+@pytest.mark.parametrize("experts", [ExpertSettings(), ExpertSettings(combine="host")], ids=["owner", "host"])
+def test_concurrent_is_centralised_training_on_the_joined_batch(nodes, spec, experts, tmp_path):
+    """SGD, four parties, gradients of their own models averaged at every step.
+
+    Not bit-equal: sums over parties are taken in another order than over the joined batch; a few float32 roundings a
+    step.
+    """
+    sgd = OptimizerSettings(name="sgd", learning_rate=0.05, schedule="constant")
+    spec = dataclasses.replace(spec, optimizer=sgd, averaging="step", experts=experts)
+    strategy, *_ = run(nodes, spec)
+    assert [record.steps for record in strategy.history] == [4, 4]
+    source = resolve_model(spec.model)
+    model = load_segment(source, Segment.whole(BLOCKS), TASK, seed=3).model.train()
+    tokenizer = AutoTokenizer.from_pretrained(spec.model)
+    encoded = [encode(tiny_rows(p).train, tokenizer, max_tokens=16) for p in range(PARTIES)]
+    orders = [BatchOrder(num_rows=len(encoded[p]), batch_size=4, seed=3, party=f"party-{p}") for p in range(PARTIES)]
+    optimizer = sgd.build(list(model.parameters()))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    losses = []
+    for step in range(8):
+        batch = collate([encoded[p][i] for p in range(PARTIES) for i in orders[p].indices(step)], pad_token_id=0)
+        loss = model(**batch.inputs).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    found = [record.train_metrics["loss"] for record in strategy.history]
+    assert found == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 4], rel=1e-5)
+    split = whole_of(kept(nodes, "job", 2), spec, owner=2)
+    whole = {name: p.detach() for name, p in model.named_parameters()}
+    assert split.keys() == whole.keys()
+    assert max(float((whole[n] - before[n]).abs().max()) for n in whole) > 1e-3
+    assert max(float((whole[n] - split[n]).abs().max()) for n in whole) < 4e-6
+
+
+@pytest.mark.parametrize("schedule", ["concurrent", "round-robin"])
+def test_own_models_stay_private_and_a_resume_goes_on(nodes, spec, schedule, tmp_path):
+    spec = dataclasses.replace(
+        spec,
+        experts=ExpertSettings(schedule=schedule),
+        training=TrainingSettings(rounds=3, local_steps=3, batch_size=4, max_tokens=16),
+    )
+    whole, metrics, _ = run(nodes, spec, job="whole", checkpoint_dir=tmp_path / "whole")
+    losses = [record.train_metrics["loss"] for record in whole.history]
+    assert losses[-1] < losses[0]
+    assert 0.0 <= metrics["accuracy"] <= 1.0
+    assert len(whole.arrays) == 0  # nothing of anybody's model came to the strategy
+    run(nodes, spec, num_rounds=1, job="broken", checkpoint_dir=tmp_path / "broken")
+    resumed, *_ = run(nodes, spec, job="broken", checkpoint_dir=tmp_path / "broken", resume=True)
+    assert [record.train_metrics["loss"] for record in resumed.history] == losses
+    first, again = kept(nodes, "whole", 3), kept(nodes, "broken", 3)
+    for one, other in zip(first, again, strict=True):
+        assert all(torch.equal(tensor, other["own"][name]) for name, tensor in one["own"].items())
+        assert all(torch.equal(t, other["host"]["trained"][n]) for n, t in one["host"]["trained"].items())
+    assert not torch.equal(first[0]["own"]["score.weight"], first[1]["own"]["score.weight"])
+    steps = 3 * 3 * (PARTIES if schedule == "round-robin" else 1)
+    assert {state["host"]["update"]["steps"] for state in first} == {steps}
+
+
+def test_only_agreed_vectors_cross(nodes, spec):
+    """The ledger has hidden states and gradients between parties, and neither ids, labels nor parameters."""
+    strategy, *_ = run(nodes, spec)
+    crossed = {(entry.operation, entry.tensor) for entry in strategy.ledger.entries()}
+    assert {tensor for operation, tensor in crossed if operation == "forward"} == {
+        "header", "hidden", "row", "expert", "output"
+    }  # fmt: skip
+    assert {tensor for operation, tensor in crossed if operation == "backward"} == {"header", "grad", "weight"}
+    assert {operation for operation, tensor in crossed if tensor != "header"} == {"forward", "backward"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experts": None, "averaging": "round"}, "experts is not set"),
+        ({"tuning": LoraSettings()}, "tuning is LoRA"),
+        ({"averaging": "step", "experts": ExpertSettings(schedule="round-robin")}, "averaging is 'step'"),
+        ({"optimizer": OptimizerSettings(max_grad_norm=1.0)}, "max_grad_norm is 1.0"),
+        ({"experts": ExpertSettings(placement="capacity", capacities=(1.0, 2.0))}, "2 numbers for 4 parties"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_runs(spec, change, message):
+    with pytest.raises(ConfigurationError, match=message):
+        CollaborativeMoE(spec=dataclasses.replace(spec, **change), aggregator=FedAvg(), parties=PARTIES)
+
+
+def test_too_many_parties_and_models_without_experts_are_refused(spec, tiny_bert):
+    with pytest.raises(ConfigurationError, match="9 parties are to host the 8 experts"):
+        CollaborativeMoE(spec=spec, aggregator=FedAvg(), parties=9)
+    with pytest.raises(ConfigurationError, match="the model family is 'bert'"):
+        CollaborativeMoE(spec=dataclasses.replace(spec, model=tiny_bert), aggregator=FedAvg(), parties=2)
+
+
+def test_a_party_that_fails_ends_the_job_and_is_named(nodes, spec, monkeypatch):
+    from vflair_flower.clients import data_party
+
+    train_round = data_party.train_round
+
+    def fail(session, *args):
+        if session.party == "party-2" and session.server_round == 2:
+            raise RuntimeError("the disk is full")
+        return train_round(session, *args)
+
+    monkeypatch.setattr(data_party, "train_round", fail)
+    with pytest.raises(PartyLostError, match="party-2"):
+        run(nodes, spec)
