@@ -68,6 +68,7 @@ def test_failed_run_exits_with_its_cause(tmp_path, tiny_bert, easy_rows):
     assert json.loads((tmp_path / "runs" / "bad" / "error.json").read_text())["type"] == "ConfigurationError"
 
 
+@pytest.mark.slow
 def test_an_engine_that_fails_before_the_first_round_is_started_once_more(tmp_path, tiny_bert, easy_rows):
     """Ray fails to come up now and then, and nothing is lost by a second try; that it always fails is said."""
     small = f"model='{tiny_bert}' data='rows' parties=2 rounds=1 local-steps=1 run-id='engine'"
