@@ -13,6 +13,7 @@ leaves open what attention over tokens at different hosts would be.
 from logging import INFO
 from pathlib import Path
 
+from flwr.app import Message
 from flwr.common.logger import log
 from flwr.serverapp.strategy import Strategy
 
@@ -25,7 +26,7 @@ from vflair_flower.remote import BodyMode
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies.hub_settings import HubSettings
 from vflair_flower.strategies.session_strategy import SessionStrategy
-from vflair_flower.strategies.sessions import SessionSettings
+from vflair_flower.strategies.sessions import RoundSession, SessionSettings
 
 
 class CollaborativeMoE(SessionStrategy):
@@ -43,8 +44,11 @@ class CollaborativeMoE(SessionStrategy):
         Where parties dial.
     parties : int
         How many there will be; they are placed before they come.
-    deadline_s, join_deadline_s, hello_deadline_s, on_party_lost, job, checkpoint_dir, resume, base_dir, progress_s
-        As in `SplitLearning`; what becomes of tokens whose host is lost is `ExpertSettings.on_host_lost`.
+    on_party_lost : str, optional
+        Whether the round goes on without a lost party (``"continue"``) or the job stops (``"stop"``); by default it
+        goes on where hosts may be skipped.  The next round needs all parties again.
+    deadline_s, join_deadline_s, hello_deadline_s, job, checkpoint_dir, resume, base_dir, progress_s
+        As in `SplitLearning`.
 
     Raises
     ------
@@ -62,7 +66,7 @@ class CollaborativeMoE(SessionStrategy):
         deadline_s: float = 120.0,
         join_deadline_s: float = 120.0,
         hello_deadline_s: float = 300.0,
-        on_party_lost: str = "stop",
+        on_party_lost: str | None = None,
         job: str = "job",
         checkpoint_dir: Path | None = None,
         resume: bool = False,
@@ -85,7 +89,7 @@ class CollaborativeMoE(SessionStrategy):
                 job=job,
                 deadline_s=deadline_s,
                 join_deadline_s=join_deadline_s,
-                on_party_lost=on_party_lost,
+                on_party_lost=on_party_lost or ("continue" if spec.experts.on_host_lost == "skip" else "stop"),
                 progress_s=progress_s,
             ),
             aggregator=aggregator,
@@ -95,6 +99,16 @@ class CollaborativeMoE(SessionStrategy):
             resume=resume,
         )
         self._shape = (layers, experts, parties)
+
+    def _invite(self, asked: list[Message], server_round: int, *, training: bool) -> tuple[RoundSession, list[Message]]:
+        parties = self._shape[2]
+        if len(asked) != parties:
+            raise ConfigurationError(
+                f"the aggregator has sampled {len(asked)} parties for round {server_round}, and the experts are placed "
+                f"at {parties}; every one of them is needed. Set the aggregator's fractions to 1, its minimum numbers "
+                f"to {parties}, and see that all parties are on."
+            )
+        return super()._invite(asked, server_round, training=training)
 
     def summary(self) -> None:
         """Log the strategy's settings."""

@@ -193,7 +193,8 @@ class ExpertSettings:
     on_host_lost : str
         ``"fail"``, or ``"skip"``: a token's output is made of the experts that answered, their weights renormalised.
     k_min : int
-        For ``"skip"``: with fewer experts than that for a token, fail all the same.
+        For ``"skip"``: with fewer experts than that for a token, fail all the same.  0 lets a token go by without any,
+        as if the layer had no experts.
     """
 
     placement: str = "round-robin"
@@ -219,8 +220,8 @@ class ExpertSettings:
                     f"placement is {self.placement!r} and {name} has {len(getattr(self, name))} entries; {name} goes "
                     f"with the placement {kind!r} and with no other."
                 )
-        if self.k_min < 1:
-            raise ConfigurationError(f"k_min is {self.k_min}; choose 1 or more.")
+        if self.k_min < 0:
+            raise ConfigurationError(f"k_min is {self.k_min}; choose 0 or more.")
 
 
 @settings

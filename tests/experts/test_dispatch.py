@@ -218,12 +218,15 @@ def test_too_few_experts_fail_even_where_they_may_be_skipped(make_house: Callabl
 
 
 def test_skipping_renormalises_the_weights_that_are_left(make_house: Callable[..., Any]) -> None:
-    """One layer of the whole model without an expert, computed by hand, is what the owner computes without its host."""
+    """Of three tokens, one has lost an expert, one none, and one all."""
     from vflair_flower.experts.dispatch import _more
 
-    weight_R, answered_R = torch.tensor([0.7, 0.3, 0.6, 0.4]), torch.tensor([True, False, True, True])
-    grown = weight_R * answered_R * _more(weight_R, answered_R, torch.tensor([0, 0, 1, 1]), 2)
-    torch.testing.assert_close(grown, torch.tensor([1.0, 0.0, 0.6, 0.4]))
+    weight_R = torch.tensor([0.7, 0.3, 0.6, 0.4, 0.5, 0.5], requires_grad=True)
+    answered_R = torch.tensor([True, False, True, True, False, False])
+    grown = weight_R * answered_R * _more(weight_R, answered_R, torch.tensor([0, 0, 1, 1, 2, 2]), 3)
+    torch.testing.assert_close(grown, torch.tensor([1.0, 0.0, 0.6, 0.4, 0.0, 0.0]))
+    grown.sum().backward()
+    assert bool(torch.isfinite(weight_R.grad).all())
 
 
 @pytest.mark.parametrize(
@@ -279,7 +282,7 @@ def test_capacity_gives_shares_of_the_whole(capacities: tuple, shares: list) -> 
         (lambda: ExpertSettings(placement="nearest"), "placement is 'nearest'"),
         (lambda: ExpertSettings(capacities=(1.0,)), "capacities goes with the placement 'capacity'"),
         (lambda: ExpertSettings(placement="capacity", capacities=(1.0, 0.0)), "each is a number above 0"),
-        (lambda: ExpertSettings(k_min=0), "k_min is 0"),
+        (lambda: ExpertSettings(k_min=-1), "k_min is -1"),
         (
             lambda: place_experts(ExpertSettings(placement="table", table=((0, 3),)), HOSTS[:2], layers=1, experts=2),
             "names host 3, and there are 2 parties",

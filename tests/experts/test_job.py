@@ -190,6 +190,38 @@ def test_what_cannot_be_is_refused_before_anything_runs(spec, change, message):
         CollaborativeMoE(spec=dataclasses.replace(spec, **change), aggregator=FedAvg(), parties=PARTIES)
 
 
+def test_all_parties_are_needed_in_every_round(nodes, spec):
+    with (
+        CollaborativeMoE(
+            spec=spec, aggregator=FedAvg(fraction_train=0.5), parties=PARTIES, hub=HubSettings(bind="inproc")
+        ) as strategy,
+        pytest.raises(ConfigurationError, match="has sampled 2 parties for round 1, and the experts are placed at 4"),
+    ):
+        strategy.start(InProcessGrid(app, nodes))
+
+
+def test_a_host_that_is_skipped_does_not_end_the_round(nodes, spec, monkeypatch):
+    """One party's process goes in the middle of round 2; the others end it without its experts, and it is named."""
+    from vflair_flower.clients import data_party
+
+    train_round = data_party.train_round
+
+    def leave(session, *args):
+        if session.party == "party-2" and session.server_round == 2:
+            session._link.abandon()
+            raise RuntimeError("power cut")
+        return train_round(session, *args)
+
+    monkeypatch.setattr(data_party, "train_round", leave)
+    spec = dataclasses.replace(spec, experts=ExpertSettings(on_host_lost="skip", k_min=0))
+    aggregator = FedAvg(min_train_nodes=PARTIES, min_evaluate_nodes=PARTIES, min_available_nodes=PARTIES)
+    hub = HubSettings(bind="inproc")
+    with CollaborativeMoE(spec=spec, aggregator=aggregator, parties=PARTIES, hub=hub, deadline_s=5.0) as strategy:
+        strategy.start(InProcessGrid(app, nodes), num_rounds=2)
+    assert list(strategy.history[1].lost) == ["party-2"]
+    assert strategy.history[1].steps == 4
+
+
 def test_too_many_parties_and_models_without_experts_are_refused(spec, tiny_bert):
     with pytest.raises(ConfigurationError, match="9 parties are to host the 8 experts"):
         CollaborativeMoE(spec=spec, aggregator=FedAvg(), parties=9)

@@ -136,7 +136,8 @@ def _more(weight_R: Tensor, answered_R: Tensor, token_R: Tensor, tokens: int) ->
     zeros_T = torch.zeros(tokens, dtype=weight_R.dtype, device=weight_R.device)
     whole_T = zeros_T.index_add(0, token_R, weight_R)
     left_T = zeros_T.index_add(0, token_R, weight_R * answered_R)
-    return (whole_T / left_T)[token_R]
+    some_T = left_T > 0
+    return torch.where(some_T, whole_T / torch.where(some_T, left_T, 1.0), 0.0)[token_R]
 
 
 class _Weighted(torch.autograd.Function):

@@ -76,7 +76,7 @@ class ExpertHost:
         self.module = module
         held = expert_modules(module)
         self._modules = [held.get(name) for name in names]
-        self._place_of = [{expert: place for place, expert in enumerate(layer)} for layer in experts]
+        self._place_of = [_places(layer) for layer in experts]
         self._update = UPDATES[_MODES[spec.experts.schedule]](module, spec.optimizer)
         self._codec = Codec(spec)
         self._dtype = spec.weights.torch_dtype
@@ -194,16 +194,18 @@ class ExpertHost:
         row_R, expert_R = (request.tensors[name].to(torch.int64) for name in ("row", "expert"))
         weight_R = request.tensors.get("weight")
         layer = int(request.meta["layer"])
-        known = self._place_of[layer] if 0 <= layer < len(self._place_of) else {}
-        strange = sorted(set(expert_R.tolist()) - known.keys())
+        place_E = self._place_of[layer] if 0 <= layer < len(self._place_of) else _places(())
+        place_R = place_E[expert_R.clamp(0, len(place_E) - 1)]
+        place_R = torch.where((expert_R >= 0) & (expert_R < len(place_E)), place_R, -1)
+        strange = torch.unique(expert_R[place_R < 0]).tolist()
         fits = row_R.shape == expert_R.shape and (weight_R is None or weight_R.shape == row_R.shape)
         if strange or not fits or len(row_R) == 0 or not 0 <= int(row_R.min()) <= int(row_R.max()) < len(hidden_UD):
             raise SessionError(
                 f"'{request.source}' sent {len(row_R)} rows of {len(hidden_UD)} tokens for the experts "
-                f"{strange or sorted(set(expert_R.tolist()))} of layer {layer}; this host has {sorted(known)} there, "
-                "and each row needs an expert and one of the tokens sent."
+                f"{strange or torch.unique(expert_R).tolist()} of layer {layer}; this host has "
+                f"{torch.nonzero(place_E >= 0).flatten().tolist()} there, and each row needs an expert and one of the "
+                "tokens sent."
             )
-        place_R = torch.tensor([known[int(expert)] for expert in expert_R])
         if bool((place_R[1:] < place_R[:-1]).any()):
             raise SessionError(f"'{request.source}' sent rows that are not sorted by expert; sort them, stably.")
         if self.spec.experts is not None and (self.spec.experts.combine == "host") is (weight_R is None):
@@ -279,3 +281,10 @@ class ExpertHost:
         step, total = int(request.meta["step"]), int(request.meta["total_steps"])
         self._update.step(request.source, StepRequest(rows=rows, step=step, total_steps=total))
         return Reply({})
+
+
+def _places(experts: Sequence[int]) -> Tensor:
+    """Return, for each expert's number, its place among some of them, or -1; as long as the highest number needs."""
+    place_E = torch.full((max(experts, default=0) + 1,), -1)
+    place_E[list(experts)] = torch.arange(len(experts))
+    return place_E
