@@ -123,8 +123,8 @@ def test_a_row_of_several_texts_without_a_mask_is_refused(writer: str, tmp_path:
         with torch.no_grad():
             with pytest.raises(ValueError, match=r"position ids begin anew within a row.*packing=False"):
                 session.model(input_ids=ids_BT, position_ids=positions_BT)
-            mask_BT = torch.ones_like(ids_BT)
-            seen["split"] = session.model(input_ids=ids_BT, position_ids=positions_BT, attention_mask=mask_BT).logits
+            asked = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False}
+            seen["split"] = session.model(**asked, attention_mask=torch.ones_like(ids_BT)).logits
 
     run(spec, train, tmp_path)
     model, _ = whole(spec)
@@ -132,7 +132,7 @@ def test_a_row_of_several_texts_without_a_mask_is_refused(writer: str, tmp_path:
         asked = {"input_ids": ids_BT, "position_ids": positions_BT, "use_cache": False}
         masked = model(**asked, attention_mask=torch.ones_like(ids_BT)).logits
         kept_apart = model(**asked).logits
-    assert torch.equal(seen["split"], masked)
+    torch.testing.assert_close(seen["split"], masked)  # bits of so small products depend on where they lie in memory
     assert not torch.allclose(masked, kept_apart, atol=1e-3)
 
 
