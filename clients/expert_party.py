@@ -26,6 +26,7 @@ from vflair_flower.errors import ConfigurationError
 from vflair_flower.experts import (
     ExpertCaller,
     ExpertHost,
+    Placement,
     expert_layer_names,
     load_backbone,
     load_experts,
@@ -124,7 +125,7 @@ def expert_session(
     spec = SplitSpec.from_json(offer.spec)
     source = _source(spec, context, base_dir)
     loaded, channel = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
-    host, names = _host(source, spec, offer)
+    host, placement = _host(source, spec, offer)
     store = PartyStore(state_dir / "models", job=offer.job, party=offer.party)
     # An evaluation after round r runs on what round r left; training in round r on what the round before left.
     saved = store.load(offer.server_round - 1 if offer.training else offer.server_round)
@@ -140,7 +141,7 @@ def expert_session(
     with connect_to(offer) as link:
         link.on_lost(lambda party, _reason: host.leave(party, lost=True))
         link.serve(host)
-        caller = ExpertCaller(link, host, names, spec)
+        caller = ExpertCaller(link, host, placement, spec)
         try:
             with channel.joined(caller):
                 session = ExpertSession(message, own, link, caller, host)
@@ -154,14 +155,14 @@ def expert_session(
         store.save(offer.server_round, dict(kept))
 
 
-def _host(source: ModelSource, spec: SplitSpec, offer: SessionOffer) -> tuple[ExpertHost, Any]:
+def _host(source: ModelSource, spec: SplitSpec, offer: SessionOffer) -> tuple[ExpertHost, Placement]:
     if spec.experts is None:
         raise ConfigurationError("the message is of a job without experts; register a DataParty for it.")
     config = load_admitted_config(source, spec.task)
     names = expert_layer_names(config, spec.task)
     placement = place_experts(spec.experts, offer.parties, layers=len(names), experts=num_experts(config))
     own = placement.experts_of(offer.party)
-    module = load_experts(source, own, spec.task, weights=spec.weights)
+    module = load_experts(source, dict(zip(names, own, strict=True)), spec.task, weights=spec.weights)
     return ExpertHost(module, names, own, spec, deadline_s=offer.deadline_s), placement
 
 

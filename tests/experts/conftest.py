@@ -91,7 +91,9 @@ class House:
             for name in names:
                 loaded, channel = load_backbone(self.source, self.spec.task, weights=self.spec.weights, seed=3)
                 own = placement.experts_of(name)
-                shard = load_experts(self.source, own, self.spec.task, weights=self.spec.weights)
+                shard = load_experts(
+                    self.source, dict(zip(layers, own, strict=True)), self.spec.task, weights=self.spec.weights
+                )
                 host = ExpertHost(shard, layers, own, self.spec, deadline_s=deadline_s)
                 host.begin(names, training=training)
                 link = connect(

@@ -76,7 +76,8 @@ def test_three_steps_between_processes_are_those_of_the_whole_model(
             )
         loaded, channel = load_backbone(house.source, house.spec.task, seed=3)
         model, own = loaded.model.train(), placement.experts_of(names[0])
-        host = ExpertHost(load_experts(house.source, own, house.spec.task), layers, own, house.spec, deadline_s=60)
+        module = load_experts(house.source, dict(zip(layers, own, strict=True)), house.spec.task)
+        host = ExpertHost(module, layers, own, house.spec, deadline_s=60)
         host.begin(names[:1], training=True)
         ticket = session.tickets[names[0]]
         link = connect(

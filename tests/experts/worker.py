@@ -80,7 +80,8 @@ def _serve(pipe: Connection) -> None:
         layers = expert_layer_names(config, spec.task)
         placement = place_experts(spec.experts, asked.parties, layers=len(layers), experts=num_experts(config))
         own = placement.experts_of(asked.party)
-        host = ExpertHost(load_experts(source, own, spec.task), layers, own, spec, deadline_s=asked.deadline_s)
+        module = load_experts(source, dict(zip(layers, own, strict=True)), spec.task)
+        host = ExpertHost(module, layers, own, spec, deadline_s=asked.deadline_s)
         host.begin(asked.parties[:1], training=True)  # the first of them is the one that trains
         link = connect(
             asked.address,

@@ -80,8 +80,9 @@ class ExpertCaller:
         for portion in portions:
             output, reply = None, replies[portion.host]
             if reply is not None:
-                length = len(portion.first_U) if self.combine == "host" else len(portion.rows_N)
-                output = self._checked("output", reply, length, rows_RD.shape[1], dtype, portion.host, FORWARD)
+                output = self._checked(
+                    "output", reply, self._length(portion), rows_RD.shape[1], dtype, portion.host, FORWARD
+                )
             answers.append(Answer(portion=portion, call=int(asked[portion.host][1]["call"]), output=output))
         return answers
 
@@ -101,7 +102,7 @@ class ExpertCaller:
         back: list[tuple[Tensor, Tensor | None]] = []
         for answer in answers:
             portion, reply = answer.portion, replies.get(answer.portion.host)
-            length = len(portion.first_U) if self.combine == "host" else len(portion.rows_N)
+            length = self._length(portion)
             grad = None
             if reply is not None:
                 grad = self._checked("grad", reply, length, grad_RD.shape[1], grad_RD.dtype, portion.host, BACKWARD)
@@ -141,6 +142,10 @@ class ExpertCaller:
                 f"{reason}; in layer {layer} a token is left with {fewest} experts, and k_min is "
                 f"{self._settings.k_min}. Lower k_min, or train without that party",
             )
+
+    def _length(self, portion: Portion) -> int:
+        """Return how many vectors a host answers for a portion: one per row, or per token if it combines."""
+        return len(portion.first_U if self.combine == "host" else portion.rows_N)
 
     def _portions(self, layer: int, expert_R: Tensor, token_R: Tensor) -> list[Portion]:
         host_R = self._host_of[layer][expert_R]

@@ -18,6 +18,7 @@ from vflair_flower.experts.modules import expert_modules, run_experts
 from vflair_flower.experts.protocol import Codec
 from vflair_flower.memory import MemoryParts, tensor_bytes
 from vflair_flower.remote.protocol import BACKWARD, FINISH, FORWARD, STEP
+from vflair_flower.remote.refusals import not_open, not_training
 from vflair_flower.remote.updates import UPDATES, BodyMode, StepRequest
 from vflair_flower.session import Reply, Request
 from vflair_flower.spec import SplitSpec
@@ -171,10 +172,7 @@ class ExpertHost:
         call = self._read(request)
         keep = bool(request.meta["keep"])
         if keep and not self._training:
-            raise SessionError(
-                f"'{request.source}' asked for a differentiable forward pass in a session that does not train. "
-                "Evaluate under torch.no_grad()."
-            )
+            raise not_training(request.source)
         if keep:
             self._update.before_forward(request.source)
         remember = keep and not self._recompute
@@ -234,10 +232,7 @@ class ExpertHost:
         with self._changed:
             call = self._kept.pop(key, None)
         if call is None:
-            raise SessionError(
-                f"'{request.source}' sent the gradient of call {key[1]}, which is not open: it was never made, was "
-                "differentiated before, or its step has been taken. Run backward once per forward, before the step."
-            )
+            raise not_open(*key)
         grad = self._codec.unpack("grad", request.tensors, self._dtype)
         weight_R = request.tensors.get("weight")
         if len(grad) != len(call.hidden_UD) or (call.weight_R is None) is (weight_R is None):

@@ -14,6 +14,7 @@ from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
 from vflair_flower.experts.modules import expert_layers, expert_modules, keep_experts
 from vflair_flower.partition import LoadedSegment, ModelSource, Segment, load_segment
 from vflair_flower.partition.export import fetch_files, tensor_files
+from vflair_flower.partition.holes import put
 from vflair_flower.partition.loading import quiet, task_class
 from vflair_flower.partition.sources import load_config
 from vflair_flower.partition.structure import num_blocks
@@ -60,7 +61,7 @@ def expert_layer_names(config: PreTrainedConfig, task: TaskSettings) -> tuple[st
 
 def load_experts(
     source: ModelSource,
-    experts: tuple[tuple[int, ...], ...],
+    experts: Mapping[str, tuple[int, ...]],
     task: TaskSettings,
     *,
     weights: WeightSettings | None = None,
@@ -71,8 +72,8 @@ def load_experts(
     ----------
     source : ModelSource
         The checkpoint, in safetensors.
-    experts : tuple[tuple[int, ...], ...]
-        Per layer with experts, which ones, ascending.
+    experts : mapping of str to tuple[int, ...]
+        By the name of each experts module (`expert_layer_names`), which ones, ascending.
     task : TaskSettings
         Chooses the task class, whose names the parameters get.
     weights : WeightSettings, optional
@@ -89,14 +90,12 @@ def load_experts(
         If the checkpoint cannot be read or lacks an expert.
     """
     config = load_config(source, task)
-    names = expert_layer_names(config, task)
-    blocks = [int(found[1]) for name in names if (found := _LAYER.search(f".{name}.")) is not None]
-    own = {block: list(chosen) for block, chosen in zip(blocks, experts, strict=True)}
+    own = {int(found[1]): list(chosen) for name, chosen in experts.items() if (found := _LAYER.search(f".{name}."))}
     files = tensor_files(source)
     wanted = {name: file for name, file in files.items() if _is_own(name, own)}
     fetch_files(source, wanted.values())
     dtype = (weights or WeightSettings()).torch_dtype
-    shard_class = _shard_class(task_class(config, task), dict(zip(names, experts, strict=True)))
+    shard_class = _shard_class(task_class(config, task), experts)
     try:
         opened: dict[str, Any] = {}
         state: dict[str, Any] = {}
@@ -115,21 +114,11 @@ def load_experts(
             f"the checkpoint {source.location!r} lacks {len(info['missing_keys'])} tensors of this party's experts, "
             f"the first is {sorted(info['missing_keys'])[0]!r}. It belongs to another architecture, or is not whole."
         )
-    return tree({name: module for name, module in expert_modules(model).items() if module.num_experts})
-
-
-def tree(modules: Mapping[str, nn.Module]) -> nn.Module:
-    """Return a module that has these modules under their dotted names and nothing else."""
-    root = nn.Module()
-    for name, module in modules.items():
-        *parents, leaf = name.split(".")
-        place = root
-        for part in parents:
-            if part not in place._modules:
-                place.add_module(part, nn.Module())
-            place = place.get_submodule(part)
-        place.add_module(leaf, module)
-    return root
+    shard = nn.Module()
+    for name, module in expert_modules(model).items():
+        if module.num_experts:
+            put(shard, name, module)
+    return shard
 
 
 def _is_own(name: str, own: Mapping[int, list[int]]) -> bool:
@@ -156,7 +145,8 @@ def _shard_class(cls: type[PreTrainedModel], own: Mapping[str, tuple[int, ...]])
     def build(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         cls.__init__(self, config, *args, **kwargs)
         kept = {name for name, experts in own.items() if experts}
-        for name, module in expert_modules(self).items():
+        modules = expert_modules(self)
+        for name, module in modules.items():
             keep_experts(module, own[name])
         for name in [name for name, _ in self.named_modules()]:
             above = any(keep.startswith(f"{name}.") for keep in kept)
@@ -170,10 +160,10 @@ def _shard_class(cls: type[PreTrainedModel], own: Mapping[str, tuple[int, ...]])
                 continue  # went with what it was in
             if leaf in place._modules:
                 setattr(place, leaf, nn.Identity())
+        inner = set(modules.values())
         for place in self.modules():
-            if not any(place is module for module in expert_modules(self).values()):
-                for name in list(place._parameters):
-                    place._parameters[name] = None
+            for name in () if place in inner else list(place._parameters):
+                place._parameters[name] = None
         self.all_tied_weights_keys = {}
 
     body: dict[str, Any] = {"__init__": build, "__module__": cls.__module__}

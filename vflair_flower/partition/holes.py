@@ -134,12 +134,7 @@ class PassThrough(nn.Module):
 
     def hold(self, path: str, module: nn.Module) -> None:
         """Keep a module of the block that was here under its name: a table that blocks elsewhere in the stack read."""
-        *parents, leaf = path.split(".")
-        place: nn.Module = self
-        for name in parents:
-            place.add_module(name, nn.Module())
-            place = place.get_submodule(name)
-        place.add_module(leaf, module)
+        put(self, path, module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden state as a block of the family would."""
@@ -234,6 +229,17 @@ class FirstToken(nn.Module):
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Return the first position, ``[B, D]``."""
         return hidden_BTD[:, 0]
+
+
+def put(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module under a dotted name; what is missing on the way there becomes empty modules."""
+    *parents, leaf = path.split(".")
+    place = root
+    for name in parents:
+        if name not in place._modules:
+            place.add_module(name, nn.Module())
+        place = place.get_submodule(name)
+    place.add_module(leaf, module)
 
 
 def swap_time(hidden: Tensor, family: Family) -> Tensor:

@@ -30,6 +30,7 @@ from vflair_flower.partition.holes import EncoderStates
 from vflair_flower.partition.structure import Part, segments_of
 from vflair_flower.remote import protocol
 from vflair_flower.remote.caches import PartyCaches
+from vflair_flower.remote.refusals import not_open, not_training
 from vflair_flower.remote.updates import UPDATES, BodyMode, NormRequest, StepRequest
 from vflair_flower.session import Reply, Request
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
@@ -189,10 +190,7 @@ class SegmentServer:
         positions_BT = _positions(request, hidden_BTD, mask_BT)
         keep = bool(request.meta["keep"])
         if keep and not self._training:
-            raise SessionError(
-                f"'{request.source}' asked for a differentiable forward pass in a session that does not train. "
-                "Evaluate under torch.no_grad()."
-            )
+            raise not_training(request.source)
         part, encoder = self._part(request), _encoder_states(request, self._dtype)
         with self._lock:
             self._tokens += int(mask_BT.sum())
@@ -284,10 +282,7 @@ class SegmentServer:
         with self._lock:
             graph = self._graphs.pop(key, None)
         if graph is None:
-            raise SessionError(
-                f"'{request.source}' sent the gradient of call {key[1]}, which is not open: it was never made, was "
-                "differentiated before, or its step has been taken. Run backward once per forward, before the step."
-            )
+            raise not_open(*key)
         wants_grad = bool(request.meta["wants_grad"])
         wanted = {"grad": graph.hidden_BTD} if wants_grad else {}
         if graph.encoder_BSD is not None and request.meta.get("wants_encoder_grad"):
