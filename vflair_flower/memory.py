@@ -6,7 +6,7 @@ Bytes throughout.  Not here: the process as a whole (interpreter, libraries), wh
 import resource
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
@@ -55,18 +55,9 @@ class ActivationMeter:
             yield
         else:
             # Asked for anew each time: a module may run on another copy of its parameters than the last time.
-            parameters = {p.untyped_storage().data_ptr() for p in self._module.parameters()}
-            seen: dict[int, int] = {}
-
-            def pack(tensor: Tensor) -> Tensor:
-                storage = tensor.untyped_storage()
-                if storage.data_ptr() not in parameters:
-                    seen[storage.data_ptr()] = storage.nbytes()
-                return tensor
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with count_kept(self._module.parameters()) as kept_bytes:
                 yield
-            self._by_shape[shape] = sum(seen.values())
+            self._by_shape[shape] = kept_bytes()
         with self._lock:
             self._live[key] = self._by_shape[shape]
             self.peak_bytes = max(self.peak_bytes, sum(self._live.values()))
@@ -75,6 +66,28 @@ class ActivationMeter:
         """Count what was kept under `key` as freed."""
         with self._lock:
             self._live.pop(key, None)
+
+
+@contextmanager
+def count_kept(excluded: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
+    """Yield a function that tells how many bytes autograd keeps of what is run inside the block.
+
+    Parameters
+    ----------
+    excluded : iterable of Tensor
+        What is in memory anyway, such as parameters.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in excluded}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield lambda: sum(seen.values())
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -138,6 +138,21 @@ def test_recomputing_at_the_host_keeps_less_and_does_the_same(make_house: Callab
     assert 0 < kept[1] < kept[0]
 
 
+def test_owners_gradients_need_the_memory_of_one(make_house: Callable[..., Any]) -> None:
+    """Four owners at once: a host holds one sum, and of what is added to it one layer at a time."""
+    with make_house("olmoe").open(4) as companies:
+        threads = [threading.Thread(target=company.train, args=(batch_of(i),)) for i, company in enumerate(companies)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        for company in companies:
+            memory = company.host.memory()
+            assert company.host.steps_taken == 1
+            assert memory.optimizer == pytest.approx(2 * memory.parameters, rel=1e-3)
+            assert 0 < memory.gradients <= memory.parameters * 1.25
+
+
 def test_each_party_holds_its_share_alone(make_house: Callable[..., Any]) -> None:
     house = make_house("olmoe")
     whole = house.whole()

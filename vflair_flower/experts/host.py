@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vflair_flower.errors import DeadlineError, PartyLostError, SessionError
 from vflair_flower.experts.modules import expert_modules, run_experts
 from vflair_flower.experts.protocol import Codec
-from vflair_flower.memory import MemoryParts, tensor_bytes
+from vflair_flower.memory import MemoryParts, count_kept, tensor_bytes
 from vflair_flower.remote.protocol import BACKWARD, FINISH, FORWARD, STEP
 from vflair_flower.remote.refusals import not_open, not_training
 from vflair_flower.remote.updates import UPDATES, BodyMode, StepRequest
@@ -38,12 +38,25 @@ class _Call:
     entered: Tensor | None = None
     output: Tensor | None = None
     """None, as `entered`, where it is computed again in the backward pass."""
+    grad: Tensor | None = None
+    """What the owner sent back, [U, D], and its weights, [R], where it combines."""
+    back_weight_R: Tensor | None = None
+    inside_bytes: int = 0
+    """What autograd keeps between `entered` and `output`."""
 
     @property
     def num_bytes(self) -> int:
-        """Bytes kept for the backward pass, but for what autograd keeps inside."""
-        held = (self.hidden_UD, self.row_R, self.expert_R, self.weight_R, self.entered, self.output)
-        return tensor_bytes(tensor for tensor in held if tensor is not None)
+        """Bytes kept for the backward pass."""
+        held = (self.hidden_UD, self.row_R, self.expert_R, self.weight_R, self.output, self.grad)
+        inside = 0 if self.output is None else self.inside_bytes
+        return inside + tensor_bytes(tensor for tensor in held if tensor is not None)
+
+    def row_grad(self) -> Tensor:
+        """Return the gradient of `output`."""
+        assert self.grad is not None
+        if self.back_weight_R is None:
+            return self.grad
+        return self.grad[self.row_R] * self.back_weight_R.unsqueeze(-1)
 
 
 class ExpertHost:
@@ -79,21 +92,25 @@ class ExpertHost:
         self._modules = [held.get(name) for name in names]
         self._place_of = [_places(layer) for layer in experts]
         self._update = UPDATES[_MODES[spec.experts.schedule]](module, spec.optimizer)
+        # Experts that no token came to have a gradient of zero, as in the whole model: AdamW moves them all the same.
+        self._update.steps_without_gradient = True
         self._codec = Codec(spec)
         self._dtype = spec.weights.torch_dtype
         self._recompute = spec.training.gradient_checkpointing
         self._deadline_s = deadline_s
         self._changed = threading.Condition()
         self._kept: dict[tuple[str, int], _Call] = {}
+        self._deferred: dict[str, list[_Call]] = {}
         self._open: set[str] = set()
         self._training = False
-        self._peak_kept = self._peak_gradients = 0
+        self._peak_kept = 0
 
     def begin(self, owners: Sequence[str], *, training: bool) -> None:
         """Start serving a session of these owners."""
         self.module.train(training)
         with self._changed:
             self._kept.clear()
+            self._deferred.clear()
             self._open = set(owners)
         self._training = training
         if training:
@@ -123,6 +140,7 @@ class ExpertHost:
             self._open.discard(party)
             for key in [key for key in self._kept if key[0] == party]:
                 del self._kept[key]
+            self._deferred.pop(party, None)
             self._changed.notify_all()
         if self._training:
             self._update.leave(party, lost=lost)
@@ -142,7 +160,7 @@ class ExpertHost:
         """Return the peak memory of the experts, by part."""
         return MemoryParts(
             parameters=tensor_bytes(self.module.parameters()),
-            gradients=self._peak_gradients,
+            gradients=self._update.peak_gradient_bytes,
             optimizer=self._update.optimizer_bytes(),
             activations=self._peak_kept,
         )
@@ -176,15 +194,15 @@ class ExpertHost:
         if keep:
             self._update.before_forward(request.source)
         remember = keep and not self._recompute
-        with torch.set_grad_enabled(remember):
+        with torch.set_grad_enabled(remember), count_kept(self.module.parameters()) as inside_bytes:
             entered, output = self._run(call)
         if remember:
-            call.entered, call.output = entered, output
+            call.entered, call.output, call.inside_bytes = entered, output, inside_bytes()
         if keep:
             with self._changed:
                 if request.source in self._open:
                     self._kept[request.source, int(request.meta["call"])] = call
-                    self._peak_kept = max(self._peak_kept, sum(kept.num_bytes for kept in self._kept.values()))
+                    self._note_kept()
         return Reply(self._codec.pack("output", output))
 
     def _read(self, request: Request) -> _Call:
@@ -241,23 +259,57 @@ class ExpertHost:
                 f"{'without' if weight_R is None else 'with'} weights, and call {key[1]} was of {len(call.hidden_UD)}; "
                 "send one per token, and weights where the owner combines."
             )
-        if weight_R is not None:
-            grad = grad[call.row_R] * weight_R.to(self._dtype).unsqueeze(-1)
+        call.grad, call.back_weight_R = grad, None if weight_R is None else weight_R.to(self._dtype)
         with torch.enable_grad():
-            entered, output = self._run(call) if call.output is None else (call.entered, call.output)
-        assert entered is not None
-        parameters = self._update.parameters
+            if call.output is None:
+                call.entered, call.output = self._run(call)
+        assert call.entered is not None
+        later = self._training_together()
+        parameters = {} if later else self._update.parameters
         weights = () if call.weight_R is None else (call.weight_R,)
-        found = torch.autograd.grad(output, [entered, *weights, *parameters.values()], grad, allow_unused=True)
-        own = dict(zip(parameters, found[1 + len(weights) :], strict=True))
-        self._update.add_gradients(request.source, {name: g for name, g in own.items() if g is not None})
-        held = self._update.gradient_bytes()
-        with self._changed:
-            self._peak_gradients = max(self._peak_gradients, held)
+        wanted = [call.entered, *weights, *parameters.values()]
+        keep_graph = later and not self._recompute
+        found = torch.autograd.grad(call.output, wanted, call.row_grad(), allow_unused=True, retain_graph=keep_graph)
+        if later:
+            self._defer(request.source, call)
+        else:
+            own = dict(zip(parameters, found[1 + len(weights) :], strict=True))
+            self._update.add_gradients(request.source, {name: g for name, g in own.items() if g is not None})
         back = self._codec.pack("grad", found[0])
         if weights:
             back["weight_grad"] = found[1].float()
         return Reply(back)
+
+    def _training_together(self) -> bool:
+        """Whether other owners' gradients will be in the same step."""
+        with self._changed:
+            return self.spec.experts is not None and self.spec.experts.schedule == "concurrent" and len(self._open) > 1
+
+    def _defer(self, owner: str, call: _Call) -> None:
+        """Keep a call until the step, which adds its gradient to the others'.
+
+        A gradient for each owner would need the memory of all experts of the model, whatever share of them is here;
+        sums taken as gradients come would depend on who was quicker.
+        """
+        if self._recompute:
+            call.entered = call.output = None
+        with self._changed:
+            self._deferred.setdefault(owner, []).append(call)
+            self._note_kept()
+        self._update.defer(owner, lambda: self._gradients_of(call))
+
+    def _gradients_of(self, call: _Call) -> dict[str, Tensor]:
+        """Return the gradients of a call that has been deferred, and free what it kept."""
+        with torch.enable_grad():
+            output = self._run(call)[1] if call.output is None else call.output
+        parameters = self._update.parameters
+        found = torch.autograd.grad(output, list(parameters.values()), call.row_grad(), allow_unused=True)
+        call.entered = call.output = call.grad = None
+        return {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
+
+    def _note_kept(self) -> None:
+        held = [*self._kept.values(), *(call for calls in self._deferred.values() for call in calls)]
+        self._peak_kept = max(self._peak_kept, sum(call.num_bytes for call in held))
 
     def _step(self, request: Request) -> Reply:
         rows = int(request.meta["rows"])
@@ -269,12 +321,10 @@ class ExpertHost:
         with self._changed:
             for key in [key for key in self._kept if key[0] == request.source]:
                 del self._kept[key]
-        # Experts that no token came to have a gradient of zero, as in the whole model: AdamW moves them all the same.
-        pending = self._update.pending(request.source)
-        missing = {n: torch.zeros_like(p) for n, p in self._update.parameters.items() if n not in pending}
-        self._update.add_gradients(request.source, missing)
         step, total = int(request.meta["step"]), int(request.meta["total_steps"])
         self._update.step(request.source, StepRequest(rows=rows, step=step, total_steps=total))
+        with self._changed:
+            self._deferred.pop(request.source, None)
         return Reply({})
 
 

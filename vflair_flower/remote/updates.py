@@ -15,7 +15,7 @@ import copy
 import math
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -29,6 +29,7 @@ from vflair_flower.remote.schedule import Barrier, Turns
 from vflair_flower.settings import OptimizerSettings
 
 Gradients = dict[str, Tensor]
+Deferred = Callable[[], Gradients]
 
 
 class BodyMode(StrEnum):
@@ -65,7 +66,12 @@ class Update(ABC):
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.ranks = RankBudget.of(module)
         self.steps_taken = 0
+        self.steps_without_gradient = False
+        """Whether a parameter that no gradient came to steps with a gradient of zero, and not at all by default."""
+        self.peak_gradient_bytes = 0
+        """Of what waited for steps and was summed for one, at the most."""
         self._gradients: dict[str, Gradients] = {}
+        self._deferred: dict[str, list[Deferred]] = {}
         self._norms: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -127,11 +133,25 @@ class Update(ABC):
             own = self._gradients.setdefault(party, {})
             for name, gradient in gradients.items():
                 own[name] = own[name] + gradient if name in own else gradient
+        self._note_gradients({})
+
+    def defer(self, party: str, make: Deferred) -> None:
+        """Let gradients be made only when the party's step is taken, so that parties' sums need the memory of one."""
+        with self._lock:
+            self._deferred.setdefault(party, []).append(make)
 
     def pending(self, party: str) -> Gradients:
-        """Return the gradients that wait for the party's step."""
+        """Return the gradients that wait for the party's step, but for deferred ones."""
         with self._lock:
             return dict(self._gradients.get(party, {}))
+
+    def _portions(self, party: str) -> Iterator[Gradients]:
+        """Yield what waits for the party's step in portions; a deferred one is made as its turn comes."""
+        yield self.pending(party)
+        with self._lock:
+            deferred = list(self._deferred.get(party, ()))
+        for make in deferred:
+            yield make()
 
     def drop(self, party: str) -> None:
         """Forget the gradients that wait for the party's step."""
@@ -140,7 +160,13 @@ class Update(ABC):
     def has_gradients(self, party: str) -> bool:
         """Whether the party has anything to step with."""
         with self._lock:
-            return bool(self._gradients.get(party))
+            return bool(self._gradients.get(party) or self._deferred.get(party))
+
+    def _note_gradients(self, *summed: Gradients) -> None:
+        """Note how much memory gradients need: those that wait, and what is summed just now."""
+        held = self.gradient_bytes() + tensor_bytes(g for own in summed for g in own.values())
+        with self._lock:
+            self.peak_gradient_bytes = max(self.peak_gradient_bytes, held)
 
     def gradient_bytes(self) -> int:
         """Return the bytes of the gradients that wait for a step."""
@@ -157,6 +183,7 @@ class Update(ABC):
 
     def _take(self, party: str) -> Gradients:
         with self._lock:
+            self._deferred.pop(party, None)
             return self._gradients.pop(party, {})
 
     def _take_clipped(self, party: str) -> Gradients:
@@ -178,7 +205,10 @@ class Update(ABC):
         for group in optimizer.param_groups:
             group["lr"] = rate
         for name, parameter in parameters.items():
-            parameter.grad = gradients.get(name)
+            gradient = gradients.get(name)
+            parameter.grad = (
+                torch.zeros_like(parameter) if gradient is None and self.steps_without_gradient else gradient
+            )
         if self.ranks is not None:
             self.ranks.add_penalty()
         optimizer.step()
@@ -232,6 +262,7 @@ class SynchronousUpdate(_SharedOptimizer):
 
     def begin(self, parties: Sequence[str], deadline_s: float) -> None:
         self._gradients.clear()
+        self._deferred.clear()
         self._barrier = Barrier(parties, deadline_s)
         self._requests: dict[str, StepRequest] = {}
         self._asked: dict[str, NormRequest] = {}
@@ -281,9 +312,11 @@ class SynchronousUpdate(_SharedOptimizer):
         """Return the weighted sum of the gradients that wait for parties' steps, in the order of the parties."""
         total: Gradients = {}
         for party, weight in weights.items():
-            for name, gradient in self.pending(party).items():
-                share = gradient if weight == 1.0 else gradient * weight
-                total[name] = total[name] + share if name in total else share
+            for portion in self._portions(party):
+                self._note_gradients(total, portion)
+                for name, gradient in portion.items():
+                    share = gradient if weight == 1.0 else gradient * weight
+                    total[name] = total[name] + share if name in total else share
         return total
 
 
