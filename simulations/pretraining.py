@@ -115,7 +115,7 @@ def pretrain(texts: Path, folder: Path, settings: PretrainSettings) -> float:
     """
     train, validation = (_read(texts / f"{split}.txt") for split in ("train", "validation"))
     tokenizer = _tokenizer(train, settings.vocabulary)
-    end = int(tokenizer.convert_tokens_to_ids(_END))
+    end = int(tokenizer.get_vocab()[_END])
     train_NT, validation_NT = (_rows(text, tokenizer, settings.tokens) for text in (train, validation))
     if len(train_NT) < settings.batch_size:
         raise DataError(
@@ -124,7 +124,8 @@ def pretrain(texts: Path, folder: Path, settings: PretrainSettings) -> float:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(settings.seed)
-    model = OlmoeForCausalLM(settings.config(end)).to(device)
+    model = OlmoeForCausalLM(settings.config(end))
+    torch.nn.Module.to(model, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     started = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("loss {task.fields[loss]:.3f}"))

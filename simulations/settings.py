@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from simulations.run_config import read_run_config
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import PartitionPlan
 from vflair_flower.partition.plan import parse_mode
@@ -93,22 +94,7 @@ class JobSettings:
     @classmethod
     def from_run_config(cls, config: Mapping[str, Any]) -> Self:
         """Read the run configuration; raise ConfigurationError for a value of the wrong kind."""
-        values: dict[str, Any] = {}
-        for field in fields(cls):
-            key = field.name.replace("_", "-")
-            if key not in config:
-                raise ConfigurationError(f"the run configuration has no {key!r}; it is set in pyproject.toml.")
-            value = config[key]
-            wanted: Any = field.type
-            if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
-            if type(value) is not wanted:
-                raise ConfigurationError(
-                    f"{key} is {value!r}; it takes a value of type {wanted.__name__}. "
-                    "In --run-config write text in quotes, numbers and true/false without."
-                )
-            values[field.name] = value
-        return cls(**values)
+        return read_run_config(cls, config)
 
     def to_flat(self) -> dict[str, Any]:
         """Return the settings by their names in the run configuration."""

@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
 from simulations.baseline import JoinedOrder
-from tests.process_grid import ProcessGrid
+from simulations.local_grid import ProcessGrid
 from tests.tiny import LABELS, save_tiny, tiny_rows
 from tests.tiny_app import digest
 from vflair_flower.memory import ActivationMeter

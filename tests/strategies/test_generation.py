@@ -13,8 +13,8 @@ from flwr.serverapp.strategy import FedAvg
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from simulations.local_grid import ProcessGrid
 from tests.inprocess_grid import InProcessGrid
-from tests.process_grid import ProcessGrid
 from tests.writers import BLOCKS, app, prompts_of, save_writer
 from vflair_flower.errors import ConfigurationError, PartyLostError
 from vflair_flower.generation import write_texts

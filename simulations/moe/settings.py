@@ -1,0 +1,126 @@
+"""The settings of the PC-MoE job: the keys ``moe-...`` of the run configuration, and those that all jobs share."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from simulations.run_config import read_run_config
+from vflair_flower.errors import ConfigurationError
+from vflair_flower.settings import one_of
+
+METHODS = ("centralised", "isolated", "fedavg", "fedavg-experts", "pc-moe", "pc-moe-round-robin")
+PARTITIONS = ("iid", "skewed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoeSettings:
+    """One value per key of the run configuration; see the comments there."""
+
+    moe_model: str
+    moe_pretraining_steps: int
+    moe_pretraining_texts: str
+    moe_data: str
+    moe_parties: str
+    moe_methods: str
+    moe_partitions: str
+    moe_seeds: str
+    moe_rounds: int
+    moe_steps: int
+    moe_batch_size: int
+    moe_max_tokens: int
+    moe_learning_rate: float
+    moe_rows: int
+    moe_held_out_rows: int
+    moe_choice_rows: int
+    moe_cells_at_once: int
+    moe_memory_shape: str
+    deadline_s: float
+    runs: str
+    run_id: str
+    resume: str
+    base_dir: str
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            one_of("moe-methods", name, METHODS)
+        for name in self.partitions:
+            one_of("moe-partitions", name, PARTITIONS)
+        one_of("moe-memory-shape", self.moe_memory_shape, ("small", "medium", "none"))
+        for name in ("rounds", "steps", "batch_size", "rows", "held_out_rows", "cells_at_once"):
+            value = getattr(self, f"moe_{name}")
+            if value < 1:
+                raise ConfigurationError(f"moe-{name.replace('_', '-')} is {value}; choose 1 or more.")
+        if self.moe_choice_rows < 0 or self.moe_pretraining_steps < 1:
+            raise ConfigurationError(
+                f"moe-choice-rows is {self.moe_choice_rows} and moe-pretraining-steps {self.moe_pretraining_steps}; "
+                "choose 0 or more, and 1 or more."
+            )
+        if not self.parties or not self.seeds or not self.methods or not self.partitions:
+            raise ConfigurationError("moe-parties, moe-seeds, moe-methods and moe-partitions each need an entry.")
+        odd = [n for n in self.parties if n < 1 or self.moe_batch_size % n]
+        if odd:
+            raise ConfigurationError(
+                f"moe-parties has {odd[0]}, and a joined batch of {self.moe_batch_size} rows (moe-batch-size) is dealt "
+                "evenly. Choose numbers of parties that divide it."
+            )
+        if self.moe_steps % self.moe_rounds:
+            raise ConfigurationError(
+                f"moe-steps is {self.moe_steps} and moe-rounds {self.moe_rounds}; choose steps that rounds divide."
+            )
+
+    @classmethod
+    def from_run_config(cls, config: Mapping[str, Any]) -> Self:
+        """Read the run configuration; raise ConfigurationError for a value of the wrong kind."""
+        return read_run_config(cls, config)
+
+    @property
+    def parties(self) -> tuple[int, ...]:
+        """Numbers of parties that are compared."""
+        return _numbers("moe-parties", self.moe_parties)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of dealing and batch order."""
+        return _numbers("moe-seeds", self.moe_seeds)
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """What is compared."""
+        return tuple(self.moe_methods.split())
+
+    @property
+    def partitions(self) -> tuple[str, ...]:
+        """How rows are dealt."""
+        return tuple(self.moe_partitions.split())
+
+    @property
+    def base(self) -> Path:
+        """What relative paths are relative to."""
+        return Path(self.base_dir) if self.base_dir else Path.cwd()
+
+    @property
+    def runs_dir(self) -> Path:
+        """Folder of all runs, absolute."""
+        return (self.base / Path(self.runs).expanduser()).resolve()
+
+    @property
+    def data_dir(self) -> Path | None:
+        """Folder of the data sets, or None for messages that are made up."""
+        return (self.base / Path(self.moe_data).expanduser()).resolve() if self.moe_data else None
+
+    @property
+    def num_nodes(self) -> int:
+        """Flower nodes that the job needs: parties of the timed sessions, and workers for cells."""
+        at_once = min(32, (os.cpu_count() or 1) + 4)
+        return max(self.moe_cells_at_once, min(4, max(self.parties), at_once))
+
+
+def _numbers(key: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split())
+    except ValueError as error:
+        raise ConfigurationError(
+            f'{key} is {text!r}; write whole numbers with blanks between, such as "1 2 4".'
+        ) from error
