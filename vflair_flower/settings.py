@@ -191,10 +191,19 @@ class ExpertSettings:
     codec : str
         ``"none"``: vectors cross in the job's `wire_dtype`; ``"int8"``: 8 bits per number and a scale per 64 of them.
     on_host_lost : str
-        ``"fail"``, or ``"skip"``: a token's output is made of the experts that answered, their weights renormalised.
+        ``"fail"``; ``"skip"``: a token's output is made of the experts that answered, their weights renormalised; or
+        ``"replica"``: another copy's answers count, and training fails only with the last copy of an expert.
     k_min : int
         For ``"skip"``: with fewer experts than that for a token, fail all the same.  0 lets a token go by without any,
         as if the layer had no experts.
+    replicas : int
+        How many parties hold each expert: its host, and those that follow it in the order of names.  In training all of
+        them compute the same steps, so traffic and work grow by as much.
+    opted_out : tuple[int, ...]
+        Numbers of parties, in the order of names, whose experts no router chooses; they train with the others'.
+    local_tolerance : float
+        A party's own expert is taken instead of a remote one whose score is at most ``1 + local_tolerance`` times its
+        own.  0 leaves routing as it is.
     """
 
     placement: str = "round-robin"
@@ -205,13 +214,16 @@ class ExpertSettings:
     codec: str = "none"
     on_host_lost: str = "fail"
     k_min: int = 1
+    replicas: int = 1
+    opted_out: tuple[int, ...] = ()
+    local_tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("placement", self.placement, ("round-robin", "capacity", "table"))
         one_of("schedule", self.schedule, ("concurrent", "round-robin"))
         one_of("combine", self.combine, ("owner", "host"))
         one_of("codec", self.codec, ("none", "int8"))
-        one_of("on_host_lost", self.on_host_lost, ("fail", "skip"))
+        one_of("on_host_lost", self.on_host_lost, ("fail", "skip", "replica"))
         if any(not 0.0 < capacity < math.inf for capacity in self.capacities):
             raise ConfigurationError(f"capacities are {self.capacities}; each is a number above 0.")
         for name, kind in (("capacities", "capacity"), ("table", "table")):
@@ -222,6 +234,22 @@ class ExpertSettings:
                 )
         if self.k_min < 0:
             raise ConfigurationError(f"k_min is {self.k_min}; choose 0 or more.")
+        if self.replicas < (2 if self.on_host_lost == "replica" else 1):
+            raise ConfigurationError(
+                f"replicas is {self.replicas} and on_host_lost {self.on_host_lost!r}; choose 1 or more, and 2 or more "
+                "where another copy is to stand in for a lost host."
+            )
+        if self.replicas > 1 and self.combine == "host":
+            raise ConfigurationError(
+                f"replicas is {self.replicas} and combine 'host': a host's sum is over several experts, whose other "
+                "copies are at different hosts, so that none could stand in for it. Set combine to 'owner'."
+            )
+        if len(set(self.opted_out)) < len(self.opted_out) or any(party < 0 for party in self.opted_out):
+            raise ConfigurationError(
+                f"opted_out is {self.opted_out}; give each party's number once, from 0 in the order of their names."
+            )
+        if not 0.0 <= self.local_tolerance < math.inf:
+            raise ConfigurationError(f"local_tolerance is {self.local_tolerance}; choose 0 (none) or more.")
 
 
 @settings

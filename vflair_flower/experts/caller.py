@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vflair_flower.errors import PartyLostError, SessionClosedError, SessionError
+from vflair_flower.experts.copies import preferred_copies, refuse_parted
 from vflair_flower.experts.dispatch import Answer, Portion
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.protocol import INDEX_DTYPE, Codec
@@ -46,7 +47,7 @@ class ExpertCaller:
         self._link, self._own, self._placement = link, own, placement
         self._settings = spec.experts
         self._codec = Codec(spec)
-        self._host_of = [torch.tensor(layer) for layer in placement.host_of]
+        self._preferred = preferred_copies(placement, link.party)
         self._calls = 0
         self._pool = ThreadPoolExecutor(len(placement.hosts), thread_name_prefix=f"vflair-owner-{link.party}")
 
@@ -62,8 +63,26 @@ class ExpertCaller:
             count = int(token_R.max()) + 1
             self.tokens += count
             self.rows_since_step += count if keep else 0
-        dtype = rows_RD.dtype
-        portions = self._portions(layer, expert_R.cpu(), token_R.cpu())
+        expert_R, token_R = expert_R.cpu(), token_R.cpu()
+        copies_RC = self._preferred[layer][expert_R]
+        waiting_R = torch.ones(len(expert_R), dtype=torch.bool)
+        answers: list[Answer] = []
+        while True:
+            asked_RC = self._alive()[copies_RC] & waiting_R.unsqueeze(-1)
+            if not keep:  # nothing is learnt: one copy will do, and the next where one is lost
+                asked_RC &= asked_RC.cumsum(-1) == 1
+            if not bool(asked_RC.any()):
+                break
+            portions = self._portions(layer, copies_RC, asked_RC, expert_R, token_R)
+            for answer in self._run(portions, rows_RD, weight_R, keep=keep):
+                answers.append(answer)
+                if answer.output is not None:
+                    waiting_R[answer.portion.rows_N] = False
+        self._refuse_lost(layer, expert_R[waiting_R])
+        return answers
+
+    def _run(self, portions: Sequence[Portion], rows_RD: Tensor, weight_R: Tensor, *, keep: bool) -> list[Answer]:
+        """Have each host run its portion."""
         asked: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         for portion in portions:
             self._calls += 1
@@ -74,21 +93,20 @@ class ExpertCaller:
             }
             if self.combine == "host":
                 tensors["weight"] = weight_R[portion.rows_N].to("cpu", torch.float32)
-            asked[portion.host] = (tensors, {"layer": layer, "call": self._calls, "keep": keep})
+            asked[portion.host] = (tensors, {"layer": portion.layer, "call": self._calls, "keep": keep})
         replies = self._ask(FORWARD, asked)
         answers = []
         for portion in portions:
             output, reply = None, replies[portion.host]
             if reply is not None:
-                output = self._checked(
-                    "output", reply, self._length(portion), rows_RD.shape[1], dtype, portion.host, FORWARD
-                )
+                length, width = self._length(portion), rows_RD.shape[1]
+                output = self._checked("output", reply, length, width, rows_RD.dtype, portion.host, FORWARD)
             answers.append(Answer(portion=portion, call=int(asked[portion.host][1]["call"]), output=output))
         return answers
 
     def backward(
         self, answers: Sequence[Answer], grad_RD: Tensor, weight_R: Tensor
-    ) -> Sequence[tuple[Tensor, Tensor | None]]:
+    ) -> Sequence[tuple[Tensor | None, Tensor | None]]:
         """Return what the hosts make of the gradient of what they answered; see `ExpertCalls`."""
         asked = {}
         for answer in answers:
@@ -99,17 +117,23 @@ class ExpertCaller:
                 tensors["weight"] = weight_R[answer.portion.rows_N].to("cpu", torch.float32)
             asked[answer.portion.host] = (tensors, {"call": answer.call})
         replies = self._ask(BACKWARD, asked)
-        back: list[tuple[Tensor, Tensor | None]] = []
+        back: list[tuple[Tensor | None, Tensor | None]] = []
+        waiting_R = torch.zeros(len(grad_RD), dtype=torch.bool)
+        for answer in answers:
+            waiting_R[answer.portion.rows_N] = True
         for answer in answers:
             portion, reply = answer.portion, replies.get(answer.portion.host)
-            length = self._length(portion)
             grad = None
             if reply is not None:
-                grad = self._checked("grad", reply, length, grad_RD.shape[1], grad_RD.dtype, portion.host, BACKWARD)
-            if reply is None or grad is None:  # what it answered counts as a constant
-                back.append((torch.zeros(length, grad_RD.shape[1], dtype=grad_RD.dtype), None))
+                length, width = self._length(portion), grad_RD.shape[1]
+                grad = self._checked("grad", reply, length, width, grad_RD.dtype, portion.host, BACKWARD)
+            if reply is None or grad is None:
+                back.append((None, None))
             else:
                 back.append((grad, reply.tensors.get("weight_grad")))
+                waiting_R[portion.rows_N] = False
+        for answer in answers:
+            self._refuse_lost(answer.portion.layer, answer.portion.expert_N[waiting_R[answer.portion.rows_N]])
         return back
 
     def step(self, *, step: int, total_steps: int) -> None:
@@ -120,7 +144,11 @@ class ExpertCaller:
                 "Run the forward and backward pass of a batch before every optimiser step."
             )
         meta: dict[str, Any] = {"rows": self.rows_since_step, "step": step, "total_steps": total_steps}
-        self._ask(STEP, {host: ({}, meta) for host in self._placement.hosts})
+        replies = self._ask(STEP, {host: ({}, meta) for host in self._placement.called})
+        for layer, copies_EC in enumerate(self._preferred):
+            self._refuse_lost(layer, torch.nonzero(~self._alive()[copies_EC].any(-1)).flatten())
+        if self._placement.replicas > 1:
+            refuse_parted({host: reply.meta for host, reply in replies.items() if reply is not None})
         self.rows_since_step = 0
 
     def finish(self) -> None:
@@ -147,20 +175,47 @@ class ExpertCaller:
         """Return how many vectors a host answers for a portion: one per row, or per token if it combines."""
         return len(portion.first_U if self.combine == "host" else portion.rows_N)
 
-    def _portions(self, layer: int, expert_R: Tensor, token_R: Tensor) -> list[Portion]:
-        host_R = self._host_of[layer][expert_R]
+    def _alive(self) -> Tensor:
+        """Return, for each host, whether it is still asked."""
+        return torch.tensor([host not in self.lost for host in self._placement.hosts])
+
+    def _portions(
+        self, layer: int, copies_RC: Tensor, asked_RC: Tensor, expert_R: Tensor, token_R: Tensor
+    ) -> list[Portion]:
         portions = []
         for index, host in enumerate(self._placement.hosts):
-            rows_N = torch.nonzero(host_R == index).squeeze(-1)
+            here_RC = (copies_RC == index) & asked_RC
+            rows_N = torch.nonzero(here_RC.any(-1)).squeeze(-1)
             if len(rows_N) == 0:
                 continue
             tokens_U, token_N = torch.unique(token_R[rows_N], return_inverse=True)
             first_U = torch.empty_like(tokens_U)
             first_U[token_N.flip(0)] = rows_N.flip(0)  # of several rows, the first is written last
             portions.append(
-                Portion(host=host, rows_N=rows_N, expert_N=expert_R[rows_N], token_N=token_N, first_U=first_U)
+                Portion(
+                    layer=layer,
+                    host=host,
+                    rows_N=rows_N,
+                    expert_N=expert_R[rows_N],
+                    token_N=token_N,
+                    first_U=first_U,
+                    rank_N=here_RC[rows_N].long().argmax(-1),
+                )
             )
         return portions
+
+    def _refuse_lost(self, layer: int, expert_N: Tensor) -> None:
+        """Raise PartyLostError for experts of which no copy has answered, where copies are to stand in."""
+        if len(expert_N) == 0 or self._settings.on_host_lost != "replica":
+            return
+        expert = int(expert_N[0])
+        hosts = self._placement.hosts_of(layer, expert)
+        reasons = "; ".join(self.lost.get(host, f"'{host}' has no part in this call any more") for host in hosts)
+        raise PartyLostError(
+            hosts[0],
+            f"expert {expert} of layer {layer} was at {', '.join(hosts)}, and no copy is left: {reasons}. Raise "
+            "replicas to go on with more lost hosts, and begin again from the last checkpoint",
+        )
 
     def _ask(
         self, operation: str, asked: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Any]]]

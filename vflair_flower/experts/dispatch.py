@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 
 from vflair_flower.errors import SessionClosedError
 
+_NO_RANK = 1 << 30
+"""Comes after every copy's rank."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Portion:
@@ -23,6 +26,8 @@ class Portion:
 
     Parameters
     ----------
+    layer : int
+        Place among the model's layers with experts.
     host : str
         Its name.
     rows_N : torch.Tensor
@@ -33,13 +38,17 @@ class Portion:
         Integer: which of the U tokens each row is.
     first_U : torch.Tensor
         Integer: for each token, the place among all R rows of one of its rows.
+    rank_N : torch.Tensor
+        Integer: how many other copies of the row's expert have an answer that would count before this host's.
     """
 
+    layer: int
     host: str
     rows_N: Tensor
     expert_N: Tensor
     token_N: Tensor
     first_U: Tensor
+    rank_N: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +72,11 @@ class ExpertCalls(Protocol):
 
     def backward(
         self, answers: Sequence[Answer], grad_RD: Tensor, weight_R: Tensor
-    ) -> Sequence[tuple[Tensor, Tensor | None]]:
-        """Return, per answer, the gradient of its rows or tokens, and of its weights if the host has combined."""
+    ) -> Sequence[tuple[Tensor | None, Tensor | None]]:
+        """Return, per answer, the gradient of its rows or tokens, and of its weights if the host has combined.
+
+        None for the gradient that a lost host does not give: what it answered counts as a constant.
+        """
 
     def refuse_too_few(self, answered_R: Tensor, token_R: Tensor, layer: int) -> None:
         """Raise PartyLostError where too few of a token's experts have answered."""
@@ -116,10 +128,10 @@ class RemoteExperts(nn.Module):
         rows_RD, weight_R = hidden_TD[token_R], weight_TK.reshape(-1)[order_R]
         keep = torch.is_grad_enabled()
         answers = calls.forward(self.layer, rows_RD.detach(), expert_R, token_R, weight_R.detach().float(), keep=keep)
-        answered_R = torch.ones_like(expert_R, dtype=torch.bool)
+        answered_R = torch.zeros_like(expert_R, dtype=torch.bool)
         for answer in answers:
-            if answer.output is None:
-                answered_R[answer.portion.rows_N] = False
+            if answer.output is not None:
+                answered_R[answer.portion.rows_N] = True
         function = _Combined if calls.combine == "host" else _Weighted
         sums_RD = function.apply(rows_RD, weight_R, calls, answers)  # type: ignore[no-untyped-call]
         if not bool(answered_R.all()):
@@ -140,15 +152,24 @@ def _more(weight_R: Tensor, answered_R: Tensor, token_R: Tensor, tokens: int) ->
     return torch.where(some_T, whole_T / torch.where(some_T, left_T, 1.0), 0.0)[token_R]
 
 
+def _placed(answers: Sequence[Answer], parts: Sequence[Tensor | None], like_RD: Tensor) -> Tensor:
+    """Put what came back for portions into the places of its rows; of several copies' answers the first counts."""
+    placed_RD, best_R = torch.zeros_like(like_RD), torch.full((len(like_RD),), _NO_RANK)
+    for answer, part in zip(answers, parts, strict=True):
+        portion = answer.portion
+        if part is not None:
+            better_N = portion.rank_N < best_R[portion.rows_N]
+            best_R[portion.rows_N[better_N]] = portion.rank_N[better_N]
+            placed_RD[portion.rows_N[better_N]] = part[better_N].to(placed_RD)
+    return placed_RD
+
+
 class _Weighted(torch.autograd.Function):
     """Rows times weights, whose backward pass asks the hosts for the gradient of what went in."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, weight_R: Tensor, calls: ExpertCalls, answers: Sequence[Answer]) -> Tensor:
-        out_RD = torch.zeros_like(rows_RD)
-        for answer in answers:
-            if answer.output is not None:
-                out_RD[answer.portion.rows_N] = answer.output.to(rows_RD.device)
+        out_RD = _placed(answers, [answer.output for answer in answers], rows_RD)
         ctx.calls, ctx.answers = calls, answers
         ctx.save_for_backward(out_RD, weight_R)
         return out_RD * weight_R.unsqueeze(-1)
@@ -158,11 +179,8 @@ class _Weighted(torch.autograd.Function):
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, Tensor, None, None]:
         out_RD, weight_R = ctx.saved_tensors
         weight_grad_R = (grad_RD * out_RD).sum(-1, keepdim=True).squeeze(-1)
-        rows_grad_RD = torch.zeros_like(out_RD)
         parts = ctx.calls.backward(ctx.answers, grad_RD, weight_R.float())
-        for answer, (part, _) in zip(ctx.answers, parts, strict=True):
-            rows_grad_RD[answer.portion.rows_N] = part.to(rows_grad_RD)
-        return rows_grad_RD, weight_grad_R, None, None
+        return _placed(ctx.answers, [part for part, _ in parts], out_RD), weight_grad_R, None, None
 
 
 class _Combined(torch.autograd.Function):
@@ -189,7 +207,8 @@ class _Combined(torch.autograd.Function):
         rows_grad_RD, weight_grad_R = torch.zeros_like(rows_RD), torch.zeros_like(weight_R)
         parts = ctx.calls.backward(ctx.answers, grad_RD, weight_R.float())
         for answer, (part, weight_part) in zip(ctx.answers, parts, strict=True):
-            rows_grad_RD[answer.portion.first_U] = part.to(rows_grad_RD)
+            if part is not None:
+                rows_grad_RD[answer.portion.first_U] = part.to(rows_grad_RD)
             if weight_part is not None:
                 weight_grad_R[answer.portion.rows_N] = weight_part.to(weight_grad_R)
         return rows_grad_RD, weight_grad_R, None, None

@@ -325,6 +325,9 @@ class ExpertHost:
         self._update.step(request.source, StepRequest(rows=rows, step=step, total_steps=total))
         with self._changed:
             self._deferred.pop(request.source, None)
+        if self.spec.experts is not None and self.spec.experts.replicas > 1:
+            taken, owners = self._update.last_step[request.source]
+            return Reply({}, {"steps": taken, "owners": ", ".join(owners)})
         return Reply({})
 
 

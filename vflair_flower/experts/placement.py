@@ -17,15 +17,41 @@ class Placement:
         The parties, by name.
     host_of : tuple[tuple[int, ...], ...]
         Per layer, for each expert the index of its host.
+    replicas : int
+        How many hosts hold each expert.
+    opted_out : tuple[int, ...]
+        The indices of hosts whose experts nobody calls; they hold no copies of others'.
     """
 
     hosts: tuple[str, ...]
     host_of: tuple[tuple[int, ...], ...]
+    replicas: int = 1
+    opted_out: tuple[int, ...] = ()
+
+    def holders_of(self, layer: int, expert: int) -> tuple[int, ...]:
+        """Return the indices of the hosts of an expert: its own, then those with a copy, in the order of names."""
+        first, n = self.host_of[layer][expert], len(self.hosts)
+        if first in self.opted_out:
+            return (first,)
+        ring = ((first + step) % n for step in range(n))
+        return tuple(index for index in ring if index not in self.opted_out)[: self.replicas]
+
+    def hosts_of(self, layer: int, expert: int) -> tuple[str, ...]:
+        """Return the names of the hosts of an expert: its own, then those with a copy."""
+        return tuple(self.hosts[index] for index in self.holders_of(layer, expert))
 
     def experts_of(self, host: str) -> tuple[tuple[int, ...], ...]:
-        """Return, per layer, the experts of a host, ascending."""
+        """Return, per layer, the experts that a host holds, copies included, ascending."""
         index = self.hosts.index(host)
-        return tuple(tuple(e for e, owner in enumerate(layer) if owner == index) for layer in self.host_of)
+        return tuple(
+            tuple(expert for expert in range(len(homes)) if index in self.holders_of(layer, expert))
+            for layer, homes in enumerate(self.host_of)
+        )
+
+    @property
+    def called(self) -> tuple[str, ...]:
+        """The hosts whose experts are called: all that have not opted out."""
+        return tuple(host for index, host in enumerate(self.hosts) if index not in self.opted_out)
 
 
 def place_experts(settings: ExpertSettings, hosts: Sequence[str], *, layers: int, experts: int) -> Placement:
@@ -38,7 +64,7 @@ def place_experts(settings: ExpertSettings, hosts: Sequence[str], *, layers: int
     Parameters
     ----------
     settings : ExpertSettings
-        Placement, capacities, table.
+        Placement, capacities, table, replicas, who has opted out.
     hosts : sequence of str
         The parties; their order does not matter.
     layers, experts : int
@@ -47,7 +73,7 @@ def place_experts(settings: ExpertSettings, hosts: Sequence[str], *, layers: int
     Raises
     ------
     ConfigurationError
-        If there are more parties than experts, or capacities or table do not fit them.
+        If there are more parties than experts, or more copies than parties, or the settings name others than them.
     """
     names = tuple(sorted(hosts))
     n = len(names)
@@ -56,10 +82,17 @@ def place_experts(settings: ExpertSettings, hosts: Sequence[str], *, layers: int
             f"{n} parties are to host the {experts} experts of each layer; every party hosts at least one. Take fewer "
             "parties."
         )
+    odd = [party for party in settings.opted_out if party >= n]
+    if odd or settings.replicas > n - len(settings.opted_out):
+        raise ConfigurationError(
+            f"replicas is {settings.replicas} and opted_out {settings.opted_out}, and there are {n} parties; copies of "
+            f"an expert are at different parties that have not opted out. Number parties from 0 to {n - 1}, and let at "
+            "least as many as replicas host."
+        )
     if settings.placement == "round-robin":
         host_of = tuple(tuple((e + layer) % n for e in range(experts)) for layer in range(layers))
     elif settings.placement == "capacity":
-        shares = _shares(settings.capacities, n, experts)
+        shares = shares_of(settings.capacities, n, experts)
         one_layer = tuple(index for index, count in enumerate(shares) for _ in range(count))
         host_of = (one_layer,) * layers
     else:
@@ -75,10 +108,13 @@ def place_experts(settings: ExpertSettings, hosts: Sequence[str], *, layers: int
                 f"the experts' table names host {odd[0]}, and there are {n} parties. Number them from 0 to {n - 1}, in "
                 "the order of their names."
             )
-    return Placement(hosts=names, host_of=host_of)
+    return Placement(
+        hosts=names, host_of=host_of, replicas=settings.replicas, opted_out=tuple(sorted(settings.opted_out))
+    )
 
 
-def _shares(capacities: Sequence[float], parties: int, experts: int) -> list[int]:
+def shares_of(capacities: Sequence[float], parties: int, experts: int) -> list[int]:
+    """Return how many experts of a layer each party takes by its capacity: largest remainder, at least one."""
     if len(capacities) != parties:
         raise ConfigurationError(
             f"capacities has {len(capacities)} numbers for {parties} parties; give one for each, in the order of their "

@@ -70,6 +70,8 @@ class Update(ABC):
         """Whether a parameter that no gradient came to steps with a gradient of zero, and not at all by default."""
         self.peak_gradient_bytes = 0
         """Of what waited for steps and was summed for one, at the most."""
+        self.last_step: dict[str, tuple[int, tuple[str, ...]]] = {}
+        """By party: the number of the last step that it took part in, and whose gradients that was taken with."""
         self._gradients: dict[str, Gradients] = {}
         self._deferred: dict[str, list[Deferred]] = {}
         self._norms: dict[str, float] = {}
@@ -307,6 +309,7 @@ class SynchronousUpdate(_SharedOptimizer):
             self._take(party)
         longest = max(requests.values(), key=lambda r: r.total_steps)
         self._apply(self._optimizer, self.parameters, _scaled(total, self._factor), longest)
+        self.last_step.update(dict.fromkeys(requests, (self.steps_taken, tuple(requests))))
 
     def _mean(self, weights: Mapping[str, float]) -> Gradients:
         """Return the weighted sum of the gradients that wait for parties' steps, in the order of the parties."""
@@ -333,6 +336,7 @@ class SequentialUpdate(_SharedOptimizer):
     def step(self, party: str, request: StepRequest) -> None:
         self._turns.take(party)
         self._apply(self._optimizer, self.parameters, self._take_clipped(party), request)
+        self.last_step[party] = (self.steps_taken, (party,))
         self._turns.give(party)
 
     def leave(self, party: str, *, lost: bool) -> None:
