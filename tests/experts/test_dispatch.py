@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.experts.conftest import batch_of
+from tests.experts.conftest import Company, House, batch_of
 from vflair_flower.errors import ConfigurationError, DeadlineError, PartyLostError, SessionClosedError, SessionError
-from vflair_flower.experts import place_experts
+from vflair_flower.experts import expert_layer_names, place_experts
 from vflair_flower.memory import tensor_bytes
+from vflair_flower.partition.sources import load_config
 from vflair_flower.session import Reply, Request
 from vflair_flower.settings import ExpertSettings, TrainingSettings, WeightSettings
 
@@ -165,9 +166,8 @@ def test_each_party_holds_its_share_alone(make_house: Callable[..., Any]) -> Non
             assert company_bytes == tensor_bytes(company.host.module.parameters()) == experts
 
 
-def lose(companies: list, way: str, operation: str) -> None:
-    """Let the last host fail in one way, at one operation."""
-    host = companies[-1]
+def lose(host: Company, way: str, operation: str) -> None:
+    """Let a host fail in one way, at one operation."""
     answer = host.host.__call__
 
     def handle(request: Request) -> Reply:
@@ -175,62 +175,99 @@ def lose(companies: list, way: str, operation: str) -> None:
             return answer(request)
         if way == "killed":
             threading.Thread(target=host.caller._link.abandon).start()
-            time.sleep(2)
+            time.sleep(1.3)
         if way == "refuses":
             raise RuntimeError("the disk is full")
         if way == "slow":
-            time.sleep(2)
+            time.sleep(1.3)
         reply = answer(request)
+        # A step is answered by nothing: there, what is wrong is a tensor that nobody agreed on.
+        tensors = dict(reply.tensors) or {"output": torch.zeros(2, 64)}
         if way == "nan":
-            return Reply({name: torch.full_like(t, float("nan")) for name, t in reply.tensors.items()})
+            return Reply({name: torch.full_like(t, float("nan")) for name, t in tensors.items()})
         if way == "shape":
-            return Reply({name: t[:-1] for name, t in reply.tensors.items()})
+            return Reply({name: t[:-1] for name, t in tensors.items()})
         return reply
 
     host.caller._link._handler = handle
 
 
-@pytest.mark.parametrize("policy", ["fail", "skip"])
+def faulty_house(make_house: Callable[..., Any], policy: str) -> House:
+    """Three hosts and two experts per token: if the last one, of a single expert, is lost, no token has lost both."""
+    table = ((0, 0, 0, 1, 1, 1, 1, 2),) * 4
+    replicas = 2 if policy == "replica" else 1
+    settings = ExpertSettings(placement="table", table=table, on_host_lost=policy, replicas=replicas)
+    return make_house("mixtral", experts=settings)
+
+
+@pytest.mark.parametrize("policy", ["fail", "skip", "replica"])
 @pytest.mark.parametrize(
     ("way", "operation"),
-    [(way, operation) for way in ("killed", "slow", "nan", "shape") for operation in ("forward", "backward")]
-    + [("killed", "step"), ("slow", "step"), ("refuses", "step")],  # a step is answered by nothing that could be wrong
+    [
+        (way, operation)
+        for way in ("killed", "slow", "nan", "shape", "refuses")
+        for operation in ("forward", "backward", "step")
+    ],
 )
 def test_a_faulty_host_ends_as_configured_within_the_deadline(
     way: str, operation: str, policy: str, make_house: Callable[..., Any]
 ) -> None:
-    house = make_house("mixtral", experts=ExpertSettings(on_host_lost=policy))
-    # With three hosts and two experts per token, some token has both at the last one: let the first have most.
-    table = tuple((0, 0, 0, 1, 1, 1, 1, 2) for _ in range(4))
-    house.spec = type(house.spec)(
-        **{
-            **house.spec.__dict__,
-            "experts": ExpertSettings(placement="table", table=table, on_host_lost=policy),
-        }
-    )
+    house = faulty_house(make_house, policy)
     with house.open(3, deadline_s=1.0) as companies:
-        owner = companies[0]
-        for other in companies[1:]:
+        owner, *others = companies
+        for other in others:
             other.caller.finish()
-        lose(companies, way, operation)
+        # Of the experts of party-1, the copies are at party-2; of those of party-2, at the owner itself.
+        faulty = companies[1 if policy == "replica" else 2]
+        lose(faulty, way, operation)
         started = time.monotonic()
         if policy == "fail":
             with pytest.raises((PartyLostError, DeadlineError, SessionClosedError, SessionError)):
                 owner.train(batch_of(0, rows=6))
         else:
-            first = owner.train(batch_of(0, rows=6))
-            assert list(owner.caller.lost) == ["party-2"]
-            assert owner.caller.lost["party-2"].startswith(f"the host 'party-2' did not answer '{operation}'")
-            again = [owner.train(batch_of(0, rows=6), step) for step in range(1, 6)]
-            assert all(torch.isfinite(torch.tensor([first, *again])))
-            assert again[-1] < first  # it goes on learning with the experts that are left
+            losses = [owner.train(batch_of(0, rows=6), step) for step in range(6)]
+            assert list(owner.caller.lost) == [faulty.name]
+            assert owner.caller.lost[faulty.name].startswith(f"the host '{faulty.name}' did not answer '{operation}'")
+            assert all(torch.isfinite(torch.tensor(losses)))
+            assert losses[-1] < losses[0]  # it goes on learning with the experts that are left
         assert time.monotonic() - started < 20.0
+        if policy == "replica":
+            expected, whole = trained_whole(house, 6)
+            assert losses == expected
+            assert_held(whole, house, [company for company in companies if company is not faulty])
+            for name, parameter in owner.model.named_parameters():
+                assert torch.equal(parameter, whole[name]), name
+
+
+def trained_whole(house: House, steps: int) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Return the losses and the last parameters of the unsplit model on one batch."""
+    whole = house.whole()
+    optimizer = house.spec.optimizer.build(list(whole.parameters()))
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = whole(**batch_of(0, rows=6)).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses, {name: p.detach() for name, p in whole.named_parameters()}
+
+
+def assert_held(whole: dict[str, torch.Tensor], house: House, companies: list[Company]) -> None:
+    """Check that every expert at these companies, copies included, is bit for bit that of the whole model."""
+    placement = house.placement([f"party-{i}" for i in range(3)])
+    layers = expert_layer_names(load_config(house.source, house.spec.task), house.spec.task)
+    for company in companies:
+        for name, parameter in company.host.module.named_parameters():
+            layer = next(i for i, own in enumerate(layers) if name.startswith(f"{own}."))
+            experts = list(placement.experts_of(company.name)[layer])
+            assert torch.equal(parameter, whole[name][experts]), (company.name, name)
 
 
 def test_too_few_experts_fail_even_where_they_may_be_skipped(make_house: Callable[..., Any]) -> None:
     house = make_house("mixtral", experts=ExpertSettings(on_host_lost="skip", k_min=2))
     with house.open(2, deadline_s=2.0) as companies:
-        lose(companies, "nan", "forward")
+        lose(companies[-1], "nan", "forward")
         with pytest.raises(PartyLostError, match=r"answered 'forward' with numbers .* k_min is 2"):
             companies[0].train(batch_of(0))
 
