@@ -32,6 +32,7 @@ from vflair_flower.experts import (
     load_experts,
     num_experts,
     place_experts,
+    route_locally,
 )
 from vflair_flower.memory import MemoryParts
 from vflair_flower.partition import ModelSource, load_trained_state, resolve_model, trained_state
@@ -143,7 +144,9 @@ def expert_session(
         link.serve(host)
         caller = ExpertCaller(link, host, placement, spec)
         try:
-            with channel.joined(caller):
+            assert spec.experts is not None
+            routing = route_locally(loaded.model, spec.experts, placement, offer.party)
+            with channel.joined(caller), routing:
                 session = ExpertSession(message, own, link, caller, host)
                 yield session
                 session.finish()

@@ -21,6 +21,7 @@ from vflair_flower.certificate import load_admitted_config
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.experts import expert_agreement, expert_layer_names, num_experts, place_experts
 from vflair_flower.experts.loading import backbone_parameters
+from vflair_flower.experts.routing import check_enough_experts, opted_out_experts
 from vflair_flower.partition import resolve_model
 from vflair_flower.remote import BodyMode
 from vflair_flower.spec import SplitSpec
@@ -46,7 +47,7 @@ class CollaborativeMoE(SessionStrategy):
         How many there will be; they are placed before they come.
     on_party_lost : str, optional
         Whether the round goes on without a lost party (``"continue"``) or the job stops (``"stop"``); by default it
-        goes on where hosts may be skipped.  The next round needs all parties again.
+        goes on where hosts may be skipped or replaced.  The next round needs all parties again.
     deadline_s, join_deadline_s, hello_deadline_s, job, checkpoint_dir, resume, base_dir, progress_s
         As in `SplitLearning`.
 
@@ -78,7 +79,9 @@ class CollaborativeMoE(SessionStrategy):
         source = resolve_model(spec.model, base_dir)
         config = load_admitted_config(source, spec.task)
         layers, experts = len(expert_layer_names(config, spec.task)), num_experts(config)
-        place_experts(spec.experts, [str(index) for index in range(parties)], layers=layers, experts=experts)
+        names = [str(index) for index in range(parties)]
+        placement = place_experts(spec.experts, names, layers=layers, experts=experts)
+        check_enough_experts(config, opted_out_experts(placement))
         trained = backbone_parameters(config, spec) if spec.averaging == "step" else 0
         super().__init__(
             sessions=SessionSettings(
@@ -89,7 +92,7 @@ class CollaborativeMoE(SessionStrategy):
                 job=job,
                 deadline_s=deadline_s,
                 join_deadline_s=join_deadline_s,
-                on_party_lost=on_party_lost or ("continue" if spec.experts.on_host_lost == "skip" else "stop"),
+                on_party_lost=on_party_lost or ("stop" if spec.experts.on_host_lost == "fail" else "continue"),
                 progress_s=progress_s,
             ),
             aggregator=aggregator,

@@ -7,6 +7,7 @@ from vflair_flower.experts.loading import expert_layer_names, load_backbone, loa
 from vflair_flower.experts.modules import num_experts
 from vflair_flower.experts.placement import Placement, place_experts
 from vflair_flower.experts.protocol import expert_agreement
+from vflair_flower.experts.routing import prefer_experts, route_locally
 
 __all__ = [
     "ExpertCaller",
@@ -20,4 +21,6 @@ __all__ = [
     "load_experts",
     "num_experts",
     "place_experts",
+    "prefer_experts",
+    "route_locally",
 ]
