@@ -22,7 +22,7 @@ from vflair_flower.clients.segment import DataSegment
 from vflair_flower.clients.session import PartySession, connect_to
 from vflair_flower.clients.store import PartyStore
 from vflair_flower.control import RoundReport, SessionOffer
-from vflair_flower.errors import ConfigurationError
+from vflair_flower.errors import CheckpointError, ConfigurationError
 from vflair_flower.experts import (
     ExpertCaller,
     ExpertHost,
@@ -119,6 +119,8 @@ def expert_session(
     ------
     ConfigurationError
         If the message is not ours, or this party's model does not fit the job.
+    CheckpointError
+        If experts here have copies elsewhere, and are not of the same round.
     PartyLostError
         If a host is lost and the job is to fail then.
     """
@@ -129,7 +131,14 @@ def expert_session(
     host, placement = _host(source, spec, offer)
     store = PartyStore(state_dir / "models", job=offer.job, party=offer.party)
     # An evaluation after round r runs on what round r left; training in round r on what the round before left.
-    saved = store.load(offer.server_round - 1 if offer.training else offer.server_round)
+    newest = offer.server_round - 1 if offer.training else offer.server_round
+    saved = store.load(newest)
+    if placement.replicas > 1 and newest > 0 and not store.has(newest):
+        raise CheckpointError(
+            f"party '{offer.party}' has not ended round {newest} or has lost its state, and copies of its experts have "
+            "gone on at other parties; its own are no longer the same. The others go on without it where the job lets "
+            "copies stand in; to have it back, resume from the last round that all parties have ended."
+        )
     if saved is not None:
         host.load_state(saved["host"])
         load_trained_state(loaded.model, saved["own"])

@@ -63,6 +63,10 @@ class PartyStore:
             ) from error
         return state
 
+    def has(self, server_round: int) -> bool:
+        """Whether the party has ended this very round and kept its state."""
+        return self._path(server_round).exists()
+
     def _path(self, server_round: int) -> Path:
         return self.folder / f"round-{server_round:05d}.pt"
 

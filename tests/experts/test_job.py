@@ -183,6 +183,11 @@ def test_only_agreed_vectors_cross(nodes, spec):
         ({"averaging": "step", "experts": ExpertSettings(schedule="round-robin")}, "averaging is 'step'"),
         ({"optimizer": OptimizerSettings(max_grad_norm=1.0)}, "max_grad_norm is 1.0"),
         ({"experts": ExpertSettings(placement="capacity", capacities=(1.0, 2.0))}, "2 numbers for 4 parties"),
+        ({"experts": ExpertSettings(replicas=5)}, "replicas is 5"),
+        (
+            {"experts": ExpertSettings(placement="table", table=((0,) * 5 + (1, 2, 3),) * 2, opted_out=(0, 1, 2))},
+            "7 of 8 experts are masked or opted out",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(spec, change, message):
@@ -220,6 +225,61 @@ def test_a_host_that_is_skipped_does_not_end_the_round(nodes, spec, monkeypatch)
         strategy.start(InProcessGrid(app, nodes), num_rounds=2)
     assert list(strategy.history[1].lost) == ["party-2"]
     assert strategy.history[1].steps == 4
+
+
+def test_copies_stand_in_for_a_lost_party_and_it_does_not_come_back_with_old_ones(nodes, spec, monkeypatch):
+    """A party goes in round 2; its experts are trained on at the others, equally, and in round 3 its own are old."""
+    from vflair_flower.clients import data_party
+
+    train_round = data_party.train_round
+
+    def leave(session, *args):
+        if session.party == "party-2" and session.server_round == 2:
+            session._link.abandon()
+            raise RuntimeError("power cut")
+        return train_round(session, *args)
+
+    monkeypatch.setattr(data_party, "train_round", leave)
+    spec = dataclasses.replace(
+        spec,
+        experts=ExpertSettings(on_host_lost="replica", replicas=2),
+        training=TrainingSettings(rounds=3, local_steps=4, batch_size=4, max_tokens=16),
+    )
+    aggregator = FedAvg(min_train_nodes=PARTIES, min_evaluate_nodes=PARTIES, min_available_nodes=PARTIES)
+    hub = HubSettings(bind="inproc")
+    with CollaborativeMoE(spec=spec, aggregator=aggregator, parties=PARTIES, hub=hub, deadline_s=20.0) as strategy:
+        strategy.start(InProcessGrid(app, nodes))
+    assert [list(record.lost) for record in strategy.history] == [[], ["party-2"], ["party-2"]]
+    assert "has not ended round" in strategy.history[2].lost["party-2"]
+    assert [record.steps for record in strategy.history] == [4, 4, 4]
+    names = [f"party-{i}" for i in range(PARTIES)]
+    placement = place_experts(spec.experts, names, layers=BLOCKS, experts=EXPERTS)
+    layers = expert_layer_names(load_config(resolve_model(spec.model), spec.task), spec.task)
+    seen: dict[tuple[str, int], torch.Tensor] = {}
+    compared = 0
+    left = [node for i, node in enumerate(nodes) if i != 2]
+    for party, folder in zip(["party-0", "party-1", "party-3"], left, strict=True):
+        path = Path(folder["state-dir"]) / "models" / "job" / party / "round-00003.pt"
+        state = torch.load(path, weights_only=True)["host"]
+        assert state["update"]["steps"] == 12
+        for name, tensor in state["trained"].items():
+            layer = next(i for i, own in enumerate(layers) if name.startswith(f"{own}."))
+            for place, expert in enumerate(placement.experts_of(party)[layer]):
+                compared += (name, expert) in seen
+                assert torch.equal(seen.setdefault((name, expert), tensor[place]), tensor[place])
+    assert len(seen) == 2 * BLOCKS * EXPERTS  # every expert is still somewhere
+    assert compared > 0
+
+
+def test_preferences_apply_in_a_job_and_send_less(nodes, spec):
+    """Party 1 has opted out, and all prefer their own experts: fewer rows travel, and party 1's experts stay."""
+    sent = []
+    for job, experts in (("plain", ExpertSettings()), ("own", ExpertSettings(opted_out=(1,), local_tolerance=1.0))):
+        strategy, *_ = run(nodes, dataclasses.replace(spec, experts=experts), num_rounds=1, job=job)
+        sent.append(sum(entry.bytes for entry in strategy.ledger.entries() if entry.tensor == "hidden"))
+    assert sent[1] < 0.9 * sent[0]
+    steps = [state["host"]["update"]["steps"] for state in kept(nodes, "own", 1)]
+    assert steps == [4, 0, 4, 4]
 
 
 def test_too_many_parties_and_models_without_experts_are_refused(spec, tiny_bert):

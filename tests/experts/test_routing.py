@@ -154,7 +154,7 @@ def test_checkpointed_gradients_are_those_of_the_same_choice() -> None:
     for checkpointed in (False, True):
         model = tiny("mixtral").train()
         if checkpointed:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable({"use_reentrant": False})
         with prefer_experts(model, masked=dict.fromkeys(range(4), MASKED), preferred={0: OWN}, tolerance=0.5):
             model(**batch_of(0)).loss.backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
