@@ -1,6 +1,7 @@
 """PC-MoE (arXiv 2506.02965): the experts of one model at many parties, called by all of them."""
 
 from vflair_flower.experts.caller import ExpertCaller
+from vflair_flower.experts.coactivation import count_coactivation, place_by_coactivation
 from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
 from vflair_flower.experts.host import ExpertHost
 from vflair_flower.experts.loading import expert_layer_names, load_backbone, load_experts
@@ -15,11 +16,13 @@ __all__ = [
     "ExpertHost",
     "Placement",
     "RemoteExperts",
+    "count_coactivation",
     "expert_agreement",
     "expert_layer_names",
     "load_backbone",
     "load_experts",
     "num_experts",
+    "place_by_coactivation",
     "place_experts",
     "prefer_experts",
     "route_locally",
