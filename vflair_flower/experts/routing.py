@@ -178,7 +178,7 @@ class _Choice(TorchFunctionMode):
             if scores.dim() == 2 and scores.shape[1] == count and func in (torch.topk, Tensor.topk):
                 self.made = True
                 expert_TK = func(self._ranked(scores.detach().float()), *args[1:], **kwargs)[1]
-                return torch.return_types.topk((scores.gather(1, expert_TK), expert_TK))  # type: ignore[attr-defined]
+                return torch.return_types.topk((scores.gather(1, expert_TK), expert_TK))
         return func(*args, **kwargs)
 
     def _ranked(self, scores_TE: Tensor) -> Tensor:
