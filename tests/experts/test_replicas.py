@@ -114,6 +114,22 @@ def test_when_the_last_copy_is_lost_the_call_fails_and_says_which(
         assert sorted(owner.caller.lost) == ["party-1", "party-2"]
 
 
+@pytest.mark.parametrize(("liar", "counts"), [(1, True), (2, False)])
+def test_the_first_copy_that_is_alive_counts(liar: int, counts: bool, make_house: Callable[..., Any]) -> None:
+    """Of experts 3 to 6 the host is party-1 and party-2 has the copies; expert 7 is at party-2 and at the owner."""
+    house = faulty_house(make_house, "replica")
+    expected, _ = trained_whole(house, 2)
+    with house.open(3) as companies:
+        owner, *others = companies
+        for other in others:
+            other.caller.finish()
+        answer = companies[liar].host.__call__
+        companies[liar].caller._link._handler = lambda request: Reply(
+            {name: 2 * tensor for name, tensor in answer(request).tensors.items()}, {"steps": 1, "owners": "party-0"}
+        )
+        assert (owner.train(batch_of(0, rows=6)) != expected[0]) is counts
+
+
 @pytest.mark.parametrize(("policy", "goes_on"), [("fail", False), ("skip", True)])
 def test_copies_serve_under_the_other_policies_too(policy: str, goes_on: bool, make_house: Callable[..., Any]) -> None:
     house = make_house("mixtral", experts=ExpertSettings(on_host_lost=policy, replicas=2))
@@ -186,3 +202,18 @@ def test_copies_are_at_the_host_and_the_parties_that_follow_it() -> None:
 def test_copies_that_cannot_be(settings: Callable[[], object], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         settings()
+
+
+def test_copies_sum_in_one_order_whenever_they_hear_that_an_owner_has_gone(make_house: Callable[..., Any]) -> None:
+    """Three batches in a step; one host hears after the first of them that the other owner has finished."""
+    house = make_house("mixtral", experts=ExpertSettings(replicas=2))
+    with house.open(2) as companies:
+        owner = companies[0]
+        for batch in range(3):
+            owner.model(**batch_of(batch)).loss.backward()
+            if batch == 0:
+                owner.host.leave("party-1", lost=False)
+        companies[1].host.leave("party-1", lost=False)
+        owner.caller.step(step=0, total_steps=0)
+        copies = [dict(company.host.module.named_parameters()) for company in companies]
+        assert [name for name, p in copies[0].items() if not torch.equal(p, copies[1][name])] == []

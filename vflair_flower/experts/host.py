@@ -102,6 +102,7 @@ class ExpertHost:
         self._kept: dict[tuple[str, int], _Call] = {}
         self._deferred: dict[str, list[_Call]] = {}
         self._open: set[str] = set()
+        self._owners = 0
         self._training = False
         self._peak_kept = 0
 
@@ -112,6 +113,7 @@ class ExpertHost:
             self._kept.clear()
             self._deferred.clear()
             self._open = set(owners)
+            self._owners = len(self._open)
         self._training = training
         if training:
             self._update.begin(owners, self._deadline_s)
@@ -282,8 +284,12 @@ class ExpertHost:
 
     def _training_together(self) -> bool:
         """Whether other owners' gradients will be in the same step."""
+        settings = self.spec.experts
+        assert settings is not None
         with self._changed:
-            return self.spec.experts is not None and self.spec.experts.schedule == "concurrent" and len(self._open) > 1
+            # Copies sum in one order, at whatever moment each of them hears that an owner has gone.
+            owners = self._owners if settings.replicas > 1 else len(self._open)
+        return settings.schedule == "concurrent" and owners > 1
 
     def _defer(self, owner: str, call: _Call) -> None:
         """Keep a call until the step, which adds its gradient to the others'.
