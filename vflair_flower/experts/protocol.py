@@ -13,7 +13,8 @@ hidden, G groups of numbers with a scale.
 `row` says which of the tokens a row is, `expert` the expert's number in the whole layer; rows are sorted by expert.  A
 token goes to a host once, however many of its experts it is routed to.  The router's weights go there in the backward
 pass (the gradient of a row is the token's times its weight), and with ``combine="host"`` in the forward pass as well.
-With the codec ``"int8"`` each float tensor is followed by its scales, `<name>_scale` [., G].
+Where experts have copies, the reply to a step says in plain values which step it was and whose gradients it was taken
+with.  With the codec ``"int8"`` each float tensor is followed by its scales, `<name>_scale` [., G].
 """
 
 import math
