@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
-from torch import Tensor
+from torch import Tensor, nn
 
 from vflair_flower.certificate import load_admitted_config
 from vflair_flower.clients.data_party import DataParty
@@ -25,6 +25,7 @@ from vflair_flower.control import RoundReport, SessionOffer
 from vflair_flower.errors import CheckpointError, ConfigurationError
 from vflair_flower.experts import (
     ExpertCaller,
+    ExpertChannel,
     ExpertHost,
     Placement,
     expert_layer_names,
@@ -33,9 +34,17 @@ from vflair_flower.experts import (
     num_experts,
     place_experts,
     route_locally,
+    tune_experts,
 )
 from vflair_flower.memory import MemoryParts
-from vflair_flower.partition import ModelSource, load_trained_state, resolve_model, trained_state
+from vflair_flower.partition import (
+    Channel,
+    ModelSource,
+    load_trained_state,
+    make_trainable,
+    resolve_model,
+    trained_state,
+)
 from vflair_flower.remote import parameter_counts
 from vflair_flower.session import Link
 from vflair_flower.spec import SplitSpec
@@ -87,8 +96,9 @@ class ExpertParty(DataParty):
 
     def _initial(self, spec: SplitSpec, context: Context) -> dict[str, Tensor]:
         source = _source(spec, context, self._base(context))
-        loaded, _ = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
-        return {} if spec.averaging == "none" else trained_state(loaded.model)
+        if spec.averaging == "none":
+            return {}
+        return trained_state(_own_model(source, spec)[0])
 
 
 @contextmanager
@@ -127,7 +137,7 @@ def expert_session(
     offer = SessionOffer.from_content(message.content)
     spec = SplitSpec.from_json(offer.spec)
     source = _source(spec, context, base_dir)
-    loaded, channel = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
+    model, channel = _own_model(source, spec)
     host, placement = _host(source, spec, offer)
     store = PartyStore(state_dir / "models", job=offer.job, party=offer.party)
     # An evaluation after round r runs on what round r left; training in round r on what the round before left.
@@ -141,13 +151,13 @@ def expert_session(
         )
     if saved is not None:
         host.load_state(saved["host"])
-        load_trained_state(loaded.model, saved["own"])
+        load_trained_state(model, saved["own"])
     arrays = next(iter(message.content.array_records.values()), None)
     if arrays:
-        load_trained_state(loaded.model, arrays.to_torch_state_dict())
-    loaded.model.train(offer.training)
+        load_trained_state(model, arrays.to_torch_state_dict())
+    model.train(offer.training)
     host.begin(offer.parties, training=offer.training)
-    own = DataSegment(spec=spec, source=source, model=loaded.model, channel=loaded.channel)
+    own = DataSegment(spec=spec, source=source, model=model, channel=Channel())
     with connect_to(offer) as link:
         link.on_lost(lambda party, _reason: host.leave(party, lost=True))
         link.serve(host)
@@ -163,8 +173,14 @@ def expert_session(
         finally:
             caller.close()
     if offer.training:
-        kept: Mapping[str, Any] = {"own": trained_state(loaded.model), "host": host.state()}
+        kept: Mapping[str, Any] = {"own": trained_state(model), "host": host.state()}
         store.save(offer.server_round, dict(kept))
+
+
+def _own_model(source: ModelSource, spec: SplitSpec) -> tuple[nn.Module, ExpertChannel]:
+    """Load this party's own model, without experts, ready for training."""
+    loaded, channel = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
+    return make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed), channel
 
 
 def _host(source: ModelSource, spec: SplitSpec, offer: SessionOffer) -> tuple[ExpertHost, Placement]:
@@ -174,7 +190,9 @@ def _host(source: ModelSource, spec: SplitSpec, offer: SessionOffer) -> tuple[Ex
     names = expert_layer_names(config, spec.task)
     placement = place_experts(spec.experts, offer.parties, layers=len(names), experts=num_experts(config))
     own = placement.experts_of(offer.party)
-    module = load_experts(source, dict(zip(names, own, strict=True)), spec.task, weights=spec.weights)
+    by_name = dict(zip(names, own, strict=True))
+    module = load_experts(source, by_name, spec.task, weights=spec.weights)
+    tune_experts(module, by_name, spec, of=num_experts(config))
     return ExpertHost(module, names, own, spec, deadline_s=offer.deadline_s), placement
 
 

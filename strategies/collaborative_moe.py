@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import Strategy
 from vflair_flower.certificate import load_admitted_config
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.experts import expert_agreement, expert_layer_names, num_experts, place_experts
+from vflair_flower.experts.adapters import refuse_expert_tuning
 from vflair_flower.experts.loading import backbone_parameters
 from vflair_flower.experts.routing import check_enough_experts, opted_out_experts
 from vflair_flower.partition import resolve_model
@@ -82,7 +83,7 @@ class CollaborativeMoE(SessionStrategy):
         names = [str(index) for index in range(parties)]
         placement = place_experts(spec.experts, names, layers=layers, experts=experts)
         check_enough_experts(config, opted_out_experts(placement))
-        trained = backbone_parameters(config, spec) if spec.averaging == "step" else 0
+        trained = backbone_parameters(config, spec)
         super().__init__(
             sessions=SessionSettings(
                 spec=spec,
@@ -130,10 +131,7 @@ def check_expert_job(spec: SplitSpec) -> None:
     """Raise ConfigurationError for a specification that experts at many parties cannot be trained by."""
     if spec.experts is None:
         raise ConfigurationError("experts is not set in the job's specification; set experts=ExpertSettings().")
-    if spec.tuning is not None:
-        raise ConfigurationError(
-            "tuning is LoRA, and experts at many parties are trained whole by this version. Set tuning=None."
-        )
+    refuse_expert_tuning(spec)
     if spec.averaging == "step" and spec.experts.schedule != "concurrent":
         raise ConfigurationError(
             f"averaging is 'step' and the schedule {spec.experts.schedule!r}: averaging waits for all parties at every "

@@ -204,6 +204,9 @@ class ExpertSettings:
     local_tolerance : float
         A party's own expert is taken instead of a remote one whose score is at most ``1 + local_tolerance`` times its
         own.  0 leaves routing as it is.
+    trained : str
+        ``"all"``: experts are trained as the job's `tuning` says, whole or by LoRA of its rank; ``"none"``: they stay
+        as they are, and the parties' own models are trained around them.
     """
 
     placement: str = "round-robin"
@@ -217,6 +220,7 @@ class ExpertSettings:
     replicas: int = 1
     opted_out: tuple[int, ...] = ()
     local_tolerance: float = 0.0
+    trained: str = "all"
 
     def __post_init__(self) -> None:
         one_of("placement", self.placement, ("round-robin", "capacity", "table"))
@@ -224,6 +228,8 @@ class ExpertSettings:
         one_of("combine", self.combine, ("owner", "host"))
         one_of("codec", self.codec, ("none", "int8"))
         one_of("on_host_lost", self.on_host_lost, ("fail", "skip", "replica"))
+        one_of("on_host_lost", self.on_host_lost, ("fail", "skip"))
+        one_of("trained", self.trained, ("all", "none"))
         if any(not 0.0 < capacity < math.inf for capacity in self.capacities):
             raise ConfigurationError(f"capacities are {self.capacities}; each is a number above 0.")
         for name, kind in (("capacities", "capacity"), ("table", "table")):

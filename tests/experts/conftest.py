@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from vflair_flower.certificate import TINY
@@ -22,8 +22,9 @@ from vflair_flower.experts import (
     load_experts,
     num_experts,
     place_experts,
+    tune_experts,
 )
-from vflair_flower.partition import ModelSource, resolve_model
+from vflair_flower.partition import ModelSource, make_trainable, resolve_model
 from vflair_flower.partition.sources import load_config
 from vflair_flower.session import Hub, connect
 from vflair_flower.settings import (
@@ -45,7 +46,7 @@ class Company:
     """One party of an open session."""
 
     name: str
-    model: PreTrainedModel
+    model: nn.Module
     host: ExpertHost
     caller: ExpertCaller
     optimizer: torch.optim.Optimizer
@@ -90,10 +91,11 @@ class House:
             companies = []
             for name in names:
                 loaded, channel = load_backbone(self.source, self.spec.task, weights=self.spec.weights, seed=3)
+                model = make_trainable(loaded, self.spec.tuning, self.spec.task, seed=self.spec.seed)
                 own = placement.experts_of(name)
-                shard = load_experts(
-                    self.source, dict(zip(layers, own, strict=True)), self.spec.task, weights=self.spec.weights
-                )
+                by_name = dict(zip(layers, own, strict=True))
+                shard = load_experts(self.source, by_name, self.spec.task, weights=self.spec.weights)
+                tune_experts(shard, by_name, self.spec, of=num_experts(config))
                 host = ExpertHost(shard, layers, own, self.spec, deadline_s=deadline_s)
                 host.begin(names, training=training)
                 link = connect(
@@ -109,10 +111,8 @@ class House:
                 caller = ExpertCaller(link, host, placement, self.spec)
                 stack.callback(caller.close)
                 stack.enter_context(channel.joined(caller))
-                optimizer = self.spec.optimizer.build(list(loaded.model.parameters()))
-                companies.append(
-                    Company(name=name, model=loaded.model.train(), host=host, caller=caller, optimizer=optimizer)
-                )
+                optimizer = self.spec.optimizer.build([p for p in model.parameters() if p.requires_grad])
+                companies.append(Company(name=name, model=model.train(), host=host, caller=caller, optimizer=optimizer))
             yield companies
 
 

@@ -179,7 +179,9 @@ def test_only_agreed_vectors_cross(nodes, spec):
     ("change", "message"),
     [
         ({"experts": None, "averaging": "round"}, "experts is not set"),
-        ({"tuning": LoraSettings()}, "tuning is LoRA"),
+        ({"tuning": LoraSettings(method="dora")}, "the LoRA method is 'dora'"),
+        ({"tuning": LoraSettings(method="adalora")}, "the LoRA method is 'adalora'"),
+        ({"tuning": LoraSettings(dropout=0.1)}, "the LoRA dropout is 0.1"),
         ({"averaging": "step", "experts": ExpertSettings(schedule="round-robin")}, "averaging is 'step'"),
         ({"optimizer": OptimizerSettings(max_grad_norm=1.0)}, "max_grad_norm is 1.0"),
         ({"experts": ExpertSettings(placement="capacity", capacities=(1.0, 2.0))}, "2 numbers for 4 parties"),

@@ -1,5 +1,6 @@
 """PC-MoE (arXiv 2506.02965): the experts of one model at many parties, called by all of them."""
 
+from vflair_flower.experts.adapters import EXPERT_TARGETS, tune_experts
 from vflair_flower.experts.caller import ExpertCaller
 from vflair_flower.experts.coactivation import count_coactivation, place_by_coactivation
 from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
@@ -11,6 +12,7 @@ from vflair_flower.experts.protocol import expert_agreement
 from vflair_flower.experts.routing import prefer_experts, route_locally
 
 __all__ = [
+    "EXPERT_TARGETS",
     "ExpertCaller",
     "ExpertChannel",
     "ExpertHost",
@@ -26,4 +28,5 @@ __all__ = [
     "place_experts",
     "prefer_experts",
     "route_locally",
+    "tune_experts",
 ]

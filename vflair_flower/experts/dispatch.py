@@ -127,6 +127,8 @@ class RemoteExperts(nn.Module):
         token_R = order_R // per_token
         rows_RD, weight_R = hidden_TD[token_R], weight_TK.reshape(-1)[order_R]
         keep = torch.is_grad_enabled()
+        if keep and not rows_RD.requires_grad:  # frozen up to here, and autograd would never come back to the hosts
+            rows_RD = rows_RD.detach().requires_grad_()
         answers = calls.forward(self.layer, rows_RD.detach(), expert_R, token_R, weight_R.detach().float(), keep=keep)
         answered_R = torch.zeros_like(expert_R, dtype=torch.bool)
         for answer in answers:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vflair_flower.errors import DeadlineError, PartyLostError, SessionError
+from vflair_flower.experts.adapters import ExpertLora
 from vflair_flower.experts.modules import expert_modules, run_experts
 from vflair_flower.experts.protocol import Codec
 from vflair_flower.memory import MemoryParts, count_kept, tensor_bytes
@@ -65,7 +66,7 @@ class ExpertHost:
     Parameters
     ----------
     module : torch.nn.Module
-        As `load_experts` returns it.
+        As `load_experts` returns it, after `tune_experts`.
     names : sequence of str
         The experts modules of the whole model, first layer first.
     experts : sequence of tuple[int, ...]
@@ -96,7 +97,9 @@ class ExpertHost:
         self._update.steps_without_gradient = True
         self._codec = Codec(spec)
         self._dtype = spec.weights.torch_dtype
-        self._recompute = spec.training.gradient_checkpointing
+        # LoRA makes new matrices for each call, and autograd would keep a layer's experts once more for each.
+        adapted = any(isinstance(inner, ExpertLora) for inner in module.modules())
+        self._recompute = spec.training.gradient_checkpointing or adapted
         self._deadline_s = deadline_s
         self._changed = threading.Condition()
         self._kept: dict[tuple[str, int], _Call] = {}

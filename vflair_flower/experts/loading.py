@@ -12,7 +12,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from vflair_flower.errors import ModelError
 from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
 from vflair_flower.experts.modules import expert_layers, expert_modules, keep_experts
-from vflair_flower.partition import LoadedSegment, ModelSource, Segment, load_segment
+from vflair_flower.partition import LoadedSegment, ModelSource, Segment, load_segment, make_trainable
+from vflair_flower.partition.cut import cut
 from vflair_flower.partition.export import fetch_files, tensor_files
 from vflair_flower.partition.holes import put
 from vflair_flower.partition.loading import quiet, task_class
@@ -37,20 +38,27 @@ def load_backbone(
     channel = ExpertChannel()
 
     def edit(model: PreTrainedModel) -> None:
-        for layer, name in enumerate(expert_layers(model)):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, RemoteExperts(channel, layer))
+        _spread(model, channel)
 
     whole = Segment.whole(num_blocks(load_config(source, task)))
     return load_segment(source, whole, task, weights=weights, seed=seed, edit=edit), channel
 
 
+def _spread(model: PreTrainedModel, channel: ExpertChannel) -> None:
+    for layer, name in enumerate(expert_layers(model)):
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, RemoteExperts(channel, layer))
+
+
 def backbone_parameters(config: PreTrainedConfig, spec: SplitSpec) -> int:
-    """Return how many parameters a party's own model has, experts left out; built on the meta device."""
+    """Return how many parameters of its own model a party trains, experts left out; built on the meta device."""
+    segment = Segment.whole(num_blocks(config))
     with torch.device("meta"):
         model = task_class(config, spec.task)(config)
-    inside = {id(p) for module in expert_modules(model).values() for p in module.parameters()}
-    return sum(p.numel() for p in {id(p): p for p in model.parameters()}.values() if id(p) not in inside)
+        _spread(model, ExpertChannel())
+        loaded = LoadedSegment(model, segment, cut(model, segment), ())
+        tuned = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+    return sum(p.numel() for p in {id(p): p for p in tuned.parameters() if p.requires_grad}.values())
 
 
 def expert_layer_names(config: PreTrainedConfig, task: TaskSettings) -> tuple[str, ...]:

@@ -76,7 +76,9 @@ def run_experts(module: nn.Module, rows_RD: Tensor, expert_R: Tensor) -> Tensor:
 
     def linear(x: Tensor, name: str) -> Tensor:
         bias = getattr(m, f"{name}_bias")[expert_R] if m.has_bias else None
-        out: Tensor = _grouped_linear(x, getattr(m, name), ends, bias=bias, is_transposed=bool(m.is_transposed))
+        weight, lora = getattr(m, name), getattr(m, f"{name}_lora", None)
+        weight = weight if lora is None else lora(weight)
+        out: Tensor = _grouped_linear(x, weight, ends, bias=bias, is_transposed=bool(m.is_transposed))
         return out
 
     activate: Any = m._apply_gate if m.has_gate else m.act_fn

@@ -5,7 +5,7 @@ on the full model.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.tuners.lora import ParamWrapper
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -41,7 +42,11 @@ _PEFT_TASKS = {
 
 
 def lora_config(
-    config: PreTrainedConfig, settings: LoraSettings, task: TaskSettings | None, modules_to_save: list[str]
+    config: PreTrainedConfig,
+    settings: LoraSettings,
+    task: TaskSettings | None,
+    modules_to_save: list[str],
+    target_parameters: Sequence[str] = (),
 ) -> LoraConfig:
     """Return PEFT's configuration of a segment, or with a task that of the whole model.
 
@@ -53,6 +58,7 @@ def lora_config(
         "lora_dropout": settings.dropout,
         "target_modules": target_modules(config, settings),
         "modules_to_save": modules_to_save or None,
+        "target_parameters": list(target_parameters) or None,
         "task_type": None if task is None else _PEFT_TASKS.get(task.kind),
         "base_model_name_or_path": config.name_or_path or None,
         "inference_mode": task is not None,
@@ -124,7 +130,13 @@ def refuse_trained_copies(
 
 
 def make_trainable(
-    loaded: LoadedSegment, settings: LoraSettings | None, task: TaskSettings, *, seed: int, scope: str = "full"
+    loaded: LoadedSegment,
+    settings: LoraSettings | None,
+    task: TaskSettings,
+    *,
+    seed: int,
+    scope: str = "full",
+    target_parameters: Sequence[str] = (),
 ) -> nn.Module:
     """Make a loaded segment ready for training, in place.
 
@@ -140,6 +152,8 @@ def make_trainable(
         LoRA's A matrices are drawn from it and their global names (Kaiming uniform, as PEFT does); B starts at zero.
     scope : str
         ``"local"`` freezes a segment without the embedding: the model party's.
+    target_parameters : sequence of str
+        Parameters that get LoRA by themselves, by the ends of their names: those of experts.
 
     Returns
     -------
@@ -156,7 +170,8 @@ def make_trainable(
         return loaded.model
     if settings is None:
         return loaded.model
-    config = lora_config(loaded.model.config, settings, None, trainable_head_modules(loaded, task))
+    whole = trainable_head_modules(loaded, task)
+    config = lora_config(loaded.model.config, settings, None, whole, target_parameters)
     try:
         with quiet():
             tuned: PeftModel = get_peft_model(loaded.model, config)
@@ -165,17 +180,35 @@ def make_trainable(
             f"no module of this segment ({loaded.segment.describe()}) gets LoRA: {error} "
             "Give every party at least one block, or train all parameters (no LoRA)."
         ) from error
+    wrapped = {id(w.lora_A["default"].weight): name for name, (_, w) in wrapped_parameters(tuned).items()}
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
             if settings.method == "adalora":
                 if ".lora_A." in name or ".lora_B." in name:  # the third matrix, E, starts at zero
                     draw_normal(parameter, name, seed, 0.02)
             elif ".lora_A." in name:
-                bound = math.sqrt(1.0 / parameter.shape[1])  # kaiming_uniform_(a=sqrt(5)) of an [r, in] matrix
-                parameter.uniform_(-bound, bound, generator=generator_for(seed, name))
+                draw_kaiming(parameter, wrapped.get(id(parameter), name), seed)
             elif ".lora_embedding_B." in name:  # of an embedding, A is the one that starts at zero
                 draw_normal(parameter, name, seed, 1.0)
     return tuned
+
+
+def draw_kaiming(matrix_rI: Tensor, name: str, seed: int) -> None:
+    """Fill LoRA's A with what depends on the seed and the name alone: ``kaiming_uniform_(a=sqrt(5))``, as PEFT does."""
+    bound = math.sqrt(1.0 / matrix_rI.shape[1])
+    matrix_rI.uniform_(-bound, bound, generator=generator_for(seed, name))
+
+
+def wrapped_parameters(tuned: PeftModel) -> dict[str, tuple[str, ParamWrapper]]:
+    """Return, by the names of the parameters that got LoRA by themselves, the names of PEFT's wrappers, and these.
+
+    PEFT wraps a module once for each of its parameters, and names a wrapper by how deep it lies.
+    """
+    return {
+        f"{name.replace('.base_layer', '')}.{module.parameter_name}": (name, module)
+        for name, module in tuned.get_base_model().named_modules()
+        if isinstance(module, ParamWrapper)
+    }
 
 
 def freeze_part(model: PreTrainedModel, segment: Segment) -> None:
@@ -244,7 +277,12 @@ def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def save_merged_adapter(
-    folder: Path, states: list[Mapping[str, Tensor]], config: PreTrainedConfig, lora: LoraSettings, task: TaskSettings
+    folder: Path,
+    states: list[Mapping[str, Tensor]],
+    config: PreTrainedConfig,
+    lora: LoraSettings,
+    task: TaskSettings,
+    target_parameters: Sequence[str] = (),
 ) -> None:
     """Write the adapters of all segments into one folder that plain PEFT loads on the full model.
 
@@ -256,6 +294,8 @@ def save_merged_adapter(
         One per segment, as `trained_state` returns them; empty where a segment was not trained.
     config, lora, task
         The model's, the tuning's and the task's settings.
+    target_parameters : sequence of str
+        As for `make_trainable`.
     """
     merged: dict[str, Tensor] = {}
     for state in states:
@@ -270,4 +310,4 @@ def save_merged_adapter(
         lora = replace(lora, target_modules=tuple(sorted(adapted)))
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in merged.items()}, folder / "adapter_model.safetensors")
-    lora_config(config, lora, task, modules).save_pretrained(str(folder))
+    lora_config(config, lora, task, modules, target_parameters).save_pretrained(str(folder))
