@@ -224,7 +224,7 @@ def test_adapters_that_do_not_fit_are_not_merged(make_house: Callable[..., Any],
 
     with pytest.raises(CheckpointError, match=r"'party-1' hosts the experts .* nothing came from it"):
         merge({"party-0": states["party-0"]})
-    with pytest.raises(CheckpointError, match=r"\(32, 96\), and \(16, 96\) is this model's at this rank"):
+    with pytest.raises(CheckpointError, match=r"\[32, 96\], and \[16, 96\] is this model's at this rank"):
         merge(states, replace(house.spec, tuning=replace(house.spec.tuning, rank=2)))
     with pytest.raises(ConfigurationError, match="trains all parameters"):
         merge(states, replace(house.spec, tuning=None))

@@ -62,7 +62,8 @@ def merge_expert_adapters(
             "the job trains all parameters, or has no experts; there are no adapters to merge. Export its parameters."
         )
     refuse_expert_tuning(spec)
-    states, targets = [dict(own)], ()
+    states: list[Mapping[str, Tensor]] = [own]
+    targets: tuple[str, ...] = ()
     if spec.experts.trained == "all":
         layers = expert_layer_names(config, spec.task)
         states.append(_experts_state(hosts, placement, layers, config, spec))
@@ -91,12 +92,13 @@ def _experts_state(
         name = f"base_model.model.{wrapper}"
         state[f"{name}.lora_A.weight"] = a_ErI.flatten(0, 1)
         state[f"{name}.lora_B.weight"] = b_EOr.permute(1, 2, 0).flatten(1, 2)
-        for matrix, leaf in ((module.lora_A, "lora_A"), (module.lora_B, "lora_B")):
-            expected, found = matrix["default"].weight.shape, state[f"{name}.{leaf}.weight"].shape
+        for leaf in ("lora_A", "lora_B"):
+            expected = list(module.get_parameter(f"{leaf}.default.weight").shape)
+            found = list(state[f"{name}.{leaf}.weight"].shape)
             if found != expected:
                 raise CheckpointError(
-                    f"the adapters of {parameter!r} are of the shape {tuple(found)}, and {tuple(expected)} is this "
-                    "model's at this rank. Use the job's own specification and model."
+                    f"the adapters of {parameter!r} are of the shape {found}, and {expected} is this model's at this "
+                    "rank. Use the job's own specification and model."
                 )
     return state
 
