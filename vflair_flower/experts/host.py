@@ -98,8 +98,8 @@ class ExpertHost:
         self._codec = Codec(spec)
         self._dtype = spec.weights.torch_dtype
         # LoRA makes new matrices for each call, and autograd would keep a layer's experts once more for each.
-        adapted = any(isinstance(inner, ExpertLora) for inner in module.modules())
-        self._recompute = spec.training.gradient_checkpointing or adapted
+        self._adapted = any(isinstance(inner, ExpertLora) for inner in module.modules())
+        self._recompute = spec.training.gradient_checkpointing or self._adapted
         self._deadline_s = deadline_s
         self._changed = threading.Condition()
         self._kept: dict[tuple[str, int], _Call] = {}
@@ -286,7 +286,9 @@ class ExpertHost:
         return Reply(back)
 
     def _training_together(self) -> bool:
-        """Whether other owners' gradients will be in the same step."""
+        """Whether other owners' gradients will be in the same step, and too large to keep one for each."""
+        if self._adapted or not self._update.parameters:
+            return False
         settings = self.spec.experts
         assert settings is not None
         with self._changed:
