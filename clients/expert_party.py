@@ -36,6 +36,7 @@ from vflair_flower.experts import (
     route_locally,
     tune_experts,
 )
+from vflair_flower.experts.balance import BALANCER, balances_jointly, exchange_over, load_balance
 from vflair_flower.memory import MemoryParts
 from vflair_flower.partition import (
     Channel,
@@ -46,6 +47,7 @@ from vflair_flower.partition import (
     trained_state,
 )
 from vflair_flower.remote import parameter_counts
+from vflair_flower.remote.protocol import FINISH
 from vflair_flower.session import Link
 from vflair_flower.spec import SplitSpec
 
@@ -83,6 +85,12 @@ class ExpertSession(PartySession):
         """Return the peak memory of this party's own model and its experts together, by part."""
         own, hosted = super().memory().to_json(), self.host.memory().to_json()
         return MemoryParts(**{name: count + hosted[name] for name, count in own.items()})
+
+    def finish(self) -> None:
+        """Tell the others that no more steps come."""
+        if self.training and balances_jointly(self.spec):
+            self._link.call(BALANCER, FINISH, {})
+        super().finish()
 
     def _shared_state(self) -> dict[str, Tensor]:
         return {} if self.spec.averaging == "none" else super()._shared_state()
@@ -165,7 +173,8 @@ def expert_session(
         try:
             assert spec.experts is not None
             routing = route_locally(loaded.model, spec.experts, placement, offer.party)
-            with channel.joined(caller), routing:
+            exchange = exchange_over(link) if balances_jointly(spec) else None
+            with channel.joined(caller), routing, load_balance(model, spec, exchange):
                 session = ExpertSession(message, own, link, caller, host)
                 yield session
                 session.finish()

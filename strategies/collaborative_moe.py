@@ -21,6 +21,7 @@ from vflair_flower.certificate import load_admitted_config
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.experts import expert_agreement, expert_layer_names, num_experts, place_experts
 from vflair_flower.experts.adapters import refuse_expert_tuning
+from vflair_flower.experts.balance import refuse_balance
 from vflair_flower.experts.loading import backbone_parameters
 from vflair_flower.experts.routing import check_enough_experts, opted_out_experts
 from vflair_flower.partition import resolve_model
@@ -79,6 +80,7 @@ class CollaborativeMoE(SessionStrategy):
         assert spec.experts is not None
         source = resolve_model(spec.model, base_dir)
         config = load_admitted_config(source, spec.task)
+        refuse_balance(spec, config)
         layers, experts = len(expert_layer_names(config, spec.task)), num_experts(config)
         names = [str(index) for index in range(parties)]
         placement = place_experts(spec.experts, names, layers=layers, experts=experts)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vflair_flower.control import DATA_PARTY_ROLE, KEY, MODEL_PARTY_ROLE, RoundReport, SessionOffer
 from vflair_flower.errors import PartyLostError, SessionError
+from vflair_flower.experts.balance import BALANCER, LoadCounter, balances_jointly
 from vflair_flower.memory import process_peak_bytes
 from vflair_flower.remote import MODEL_PARTY, BodyMode, SegmentServer, parameter_counts
 from vflair_flower.remote.averaging import GradientAverager
@@ -97,7 +98,7 @@ class RoundSession:
     started: float = field(init=False)
     _shown: float = 0.0
     _grace_until: float = 0.0
-    _averager: GradientAverager | None = None
+    _desks: list[GradientAverager | LoadCounter] = field(default_factory=list)
     _failures: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -105,10 +106,12 @@ class RoundSession:
         if self.body is not None:
             self.body.begin(self.parties, server_round=self.server_round, training=self.training)
         hosts: dict[str, Handler] = {} if self.body is None else {MODEL_PARTY: self.body}
-        self._averager = None
         if self.training and self.settings.spec.averaging == "step":
-            self._averager = GradientAverager(self.parties, self.settings.deadline_s)
-            hosts[AVERAGER] = self._averager
+            self._desks.append(averager := GradientAverager(self.parties, self.settings.deadline_s))
+            hosts[AVERAGER] = averager
+        if self.training and balances_jointly(self.settings.spec):
+            self._desks.append(counter := LoadCounter(self.parties, self.settings.deadline_s))
+            hosts[BALANCER] = counter
         self.started = time.monotonic()
         self.session = self.hub.open_session(
             sorted(self.nodes.values()),
@@ -214,8 +217,8 @@ class RoundSession:
     def _on_lost(self, party: str, reason: str) -> None:
         if self.body is not None:
             self.body.leave(party, lost=True)
-        if self._averager is not None:
-            self._averager.leave(party)
+        for desk in self._desks:
+            desk.leave(party)
         if party == MODEL_PARTY or self.settings.on_party_lost == "stop":
             self.session.abort(f"party '{party}' is lost: {reason}")
 

@@ -207,6 +207,9 @@ class ExpertSettings:
     trained : str
         ``"all"``: experts are trained as the job's `tuning` says, whole or by LoRA of its rank; ``"none"``: they stay
         as they are, and the parties' own models are trained around them.
+    balance_coefficient : float
+        Of the load-balancing loss that is added in training, over all parties' tokens where they train at once
+        (`vflair_flower.experts.balance`); 0 for none, which is what OLMoE (arXiv 2409.02060) found best in fine-tuning.
     """
 
     placement: str = "round-robin"
@@ -221,6 +224,7 @@ class ExpertSettings:
     opted_out: tuple[int, ...] = ()
     local_tolerance: float = 0.0
     trained: str = "all"
+    balance_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
         one_of("placement", self.placement, ("round-robin", "capacity", "table"))
@@ -256,6 +260,13 @@ class ExpertSettings:
             )
         if not 0.0 <= self.local_tolerance < math.inf:
             raise ConfigurationError(f"local_tolerance is {self.local_tolerance}; choose 0 (none) or more.")
+        if not 0.0 <= self.balance_coefficient < math.inf:
+            raise ConfigurationError(f"balance_coefficient is {self.balance_coefficient}; choose 0 (none) or more.")
+        if self.balance_coefficient and (self.opted_out or self.local_tolerance):
+            raise ConfigurationError(
+                f"balance_coefficient is {self.balance_coefficient} and opted_out or local_tolerance is set: the loss "
+                "would even out choices that are not made. Use one of them."
+            )
 
 
 @settings

@@ -9,6 +9,7 @@ hidden, G groups of numbers with a scale.
 | `backward` | `grad` [U, D], `weight`? [R]                            | `grad` [R, D] or [U, D], `weight_grad`? [R] |
 | `step`     | nothing but counts                                      | nothing                                     |
 | `finish`   | nothing                                                 | nothing                                     |
+| `balance`  | `counts` [E + 2], of E experts, to the hub               | `counts` [E + 2], the sum over all parties  |
 
 `row` says which of the tokens a row is, `expert` the expert's number in the whole layer; rows are sorted by expert.  A
 token goes to a host once, however many of its experts it is routed to.  The router's weights go there in the backward
@@ -25,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from vflair_flower.errors import ConfigurationError
+from vflair_flower.experts.balance import BALANCE, balance_operation, balances_jointly
 from vflair_flower.partition.structure import hidden_size
 from vflair_flower.remote.protocol import AVERAGE, BACKWARD, FINISH, FORWARD, STEP
 from vflair_flower.session import Agreement, OperationSpec, TensorSpec
@@ -80,6 +82,8 @@ def expert_agreement(spec: SplitSpec, config: PreTrainedConfig, *, trained_param
     if spec.averaging == "step":
         gradient = TensorSpec("gradient", (torch.float32,), (trained_parameters,), (True,))
         operations[AVERAGE] = OperationSpec((gradient,), (gradient,))
+    if balances_jointly(spec):
+        operations[BALANCE] = balance_operation(config)
     return Agreement(operations=operations)
 
 

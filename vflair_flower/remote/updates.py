@@ -165,7 +165,7 @@ class Update(ABC):
             return bool(self._gradients.get(party) or self._deferred.get(party))
 
     def _note_gradients(self, *summed: Gradients) -> None:
-        """Note how much memory gradients need: those that wait, and what is summed just now, which may be among them."""
+        """Note how much memory gradients need: those that wait, and what is summed just now, counted once."""
         with self._lock:
             held = tensor_bytes(g for own in (*self._gradients.values(), *summed) for g in own.values())
             self.peak_gradient_bytes = max(self.peak_gradient_bytes, held)

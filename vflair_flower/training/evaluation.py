@@ -123,8 +123,13 @@ def evaluate(
 def asked_items(batch: Batch, kind: TaskKind) -> int:
     """Return over how many items the model's loss of a batch is the mean: rows, windows or asked tokens."""
     labels = batch.inputs.get("labels")
-    if labels is None or labels.dim() < 2:
-        return len(batch.input_ids)
+    return len(batch.input_ids) if labels is None else asked_labels(labels, kind)
+
+
+def asked_labels(labels: Tensor, kind: TaskKind) -> int:
+    """Return over how many items the loss of these labels, ``[B]`` or ``[B, T]``, is the mean."""
+    if labels.dim() < 2:
+        return len(labels)
     return int((labels[:, 1 if kind is TaskKind.CAUSAL_LM else 0 :] != IGNORED).sum())
 
 
