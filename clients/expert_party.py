@@ -37,6 +37,7 @@ from vflair_flower.experts import (
     tune_experts,
 )
 from vflair_flower.experts.balance import BALANCER, balances_jointly, exchange_over, load_balance
+from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.memory import MemoryParts
 from vflair_flower.partition import (
     Channel,
@@ -189,7 +190,10 @@ def expert_session(
 def _own_model(source: ModelSource, spec: SplitSpec) -> tuple[nn.Module, ExpertChannel]:
     """Load this party's own model, without experts, ready for training."""
     loaded, channel = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
-    return make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed), channel
+    model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+    if spec.training.gradient_checkpointing:
+        checkpoint_owner(loaded, channel)
+    return model, channel
 
 
 def _host(source: ModelSource, spec: SplitSpec, offer: SessionOffer) -> tuple[ExpertHost, Placement]:

@@ -24,6 +24,7 @@ from vflair_flower.experts import (
     place_experts,
     tune_experts,
 )
+from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.partition import ModelSource, make_trainable, resolve_model
 from vflair_flower.partition.sources import load_config
 from vflair_flower.session import Hub, connect
@@ -92,6 +93,8 @@ class House:
             for name in names:
                 loaded, channel = load_backbone(self.source, self.spec.task, weights=self.spec.weights, seed=3)
                 model = make_trainable(loaded, self.spec.tuning, self.spec.task, seed=self.spec.seed)
+                if self.spec.training.gradient_checkpointing:
+                    checkpoint_owner(loaded, channel)
                 own = placement.experts_of(name)
                 by_name = dict(zip(layers, own, strict=True))
                 shard = load_experts(self.source, by_name, self.spec.task, weights=self.spec.weights)

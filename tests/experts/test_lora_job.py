@@ -45,7 +45,8 @@ def test_a_job_with_lora_learns_and_keeps_adapters_alone(nodes, lora_spec, avera
 
     monkeypatch.setattr(expert_party, "load_experts", remember)
     monkeypatch.setattr(expert_party.PartyStore, "save", compare)
-    spec = dataclasses.replace(lora_spec, averaging=averaging)  # noqa: F811
+    training = dataclasses.replace(lora_spec.training, gradient_checkpointing=averaging == "step")
+    spec = dataclasses.replace(lora_spec, averaging=averaging, training=training)  # noqa: F811
     strategy, metrics, _ = run(nodes, spec)
     losses = [record.train_metrics["loss"] for record in strategy.history]
     assert losses[-1] < losses[0]

@@ -146,7 +146,7 @@ def load_balance(model: nn.Module, spec: SplitSpec, exchange: Exchange | None = 
         yield
         return
     term = _Term(inner.config, spec, exchange or (lambda counts_S: counts_S))
-    routers = inner._can_record_outputs["router_logits"].target_class
+    routers = (inner._can_record_outputs or {})["router_logits"].target_class
     hooks = [m.register_forward_hook(term.note_router) for m in inner.modules() if isinstance(m, routers)]
     hooks.append(model.register_forward_pre_hook(term.begin))
     hooks.append(model.register_forward_hook(term.add, with_kwargs=True))

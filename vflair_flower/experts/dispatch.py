@@ -7,14 +7,14 @@ transformers' ``grouped_mm``, so that outputs and all gradients are bit for bit 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from vflair_flower.errors import SessionClosedError
+from vflair_flower.errors import SessionClosedError, SessionError
 
 _NO_RANK = 1 << 30
 """Comes after every copy's rank."""
@@ -82,11 +82,20 @@ class ExpertCalls(Protocol):
         """Raise PartyLostError where too few of a token's experts have answered."""
 
 
+@dataclass(kw_only=True)
+class Replay:
+    """What hosts answered in one run of a block; None until they have."""
+
+    answers: Sequence[Answer] | None = None
+
+
 class ExpertChannel:
     """Joins the layers of one model to the calls that they make while a session is open."""
 
     def __init__(self) -> None:
         self.calls: ExpertCalls | None = None
+        self.replay: Replay | None = None
+        """Set while a block is run that will be, or is, computed again (`vflair_flower.experts.recompute`)."""
 
     @contextmanager
     def joined(self, calls: ExpertCalls) -> Iterator[None]:
@@ -129,7 +138,12 @@ class RemoteExperts(nn.Module):
         keep = torch.is_grad_enabled()
         if keep and not rows_RD.requires_grad:  # frozen up to here, and autograd would never come back to the hosts
             rows_RD = rows_RD.detach().requires_grad_()
-        answers = calls.forward(self.layer, rows_RD.detach(), expert_R, token_R, weight_R.detach().float(), keep=keep)
+        replay = self.channel.replay or Replay()
+        if replay.answers is None:
+            _refuse_again()
+            asked = (self.layer, rows_RD.detach(), expert_R, token_R, weight_R.detach().float())
+            replay.answers = calls.forward(*asked, keep=keep)
+        answers = replay.answers
         answered_R = torch.zeros_like(expert_R, dtype=torch.bool)
         for answer in answers:
             if answer.output is not None:
@@ -143,6 +157,23 @@ class RemoteExperts(nn.Module):
         back_R[order_R] = torch.arange(len(order_R), device=order_R.device)
         out_TD: Tensor = sums_RD[back_R].view(len(hidden_TD), per_token, -1).sum(1).to(hidden_TD.dtype)
         return out_TD
+
+
+def _without_numbers(answers: Sequence[Answer]) -> list[Answer]:
+    """Return who has answered, without what: the backward pass needs no more, and would keep all numbers twice."""
+    return [
+        answer if answer.output is None else replace(answer, output=answer.output[:0].clone()) for answer in answers
+    ]
+
+
+def _refuse_again() -> None:
+    """Raise SessionError in a backward pass: somebody has let blocks be computed again who does not keep answers."""
+    if torch._C._current_graph_task_id() != -1:
+        raise SessionError(
+            "a block is computed again in the backward pass, and would call the hosts of its experts a second time. "
+            "Set gradient_checkpointing in the job's TrainingSettings, which keeps what they answered, and not in a "
+            "Trainer's arguments or on the model."
+        )
 
 
 def _more(weight_R: Tensor, answered_R: Tensor, token_R: Tensor, tokens: int) -> Tensor:
@@ -172,7 +203,7 @@ class _Weighted(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, weight_R: Tensor, calls: ExpertCalls, answers: Sequence[Answer]) -> Tensor:
         out_RD = _placed(answers, [answer.output for answer in answers], rows_RD)
-        ctx.calls, ctx.answers = calls, answers
+        ctx.calls, ctx.answers = calls, _without_numbers(answers)
         ctx.save_for_backward(out_RD, weight_R)
         return out_RD * weight_R.unsqueeze(-1)
 
@@ -198,7 +229,7 @@ class _Combined(torch.autograd.Function):
         for answer in answers:
             if answer.output is not None:
                 out_RD[answer.portion.first_U] = answer.output.to(out_RD)
-        ctx.calls, ctx.answers = calls, answers
+        ctx.calls, ctx.answers = calls, _without_numbers(answers)
         ctx.save_for_backward(rows_RD, weight_R)
         return out_RD
 
