@@ -174,7 +174,7 @@ def expert_session(
         try:
             assert spec.experts is not None
             routing = route_locally(loaded.model, spec.experts, placement, offer.party)
-            exchange = exchange_over(link) if balances_jointly(spec) else None
+            exchange = exchange_over(link) if offer.training and balances_jointly(spec) else None
             with channel.joined(caller), routing, load_balance(model, spec, exchange):
                 session = ExpertSession(message, own, link, caller, host)
                 yield session

@@ -1,6 +1,6 @@
 """PC-MoE (arXiv 2506.02965) as a Flower strategy: parties train one mixture-of-experts model, each hosting experts.
 
-    spec = SplitSpec(model="org/moe", task=..., tuning=None, experts=ExpertSettings(), averaging="none")
+    spec = SplitSpec(model="org/moe", task=..., experts=ExpertSettings(), averaging="none")
     with CollaborativeMoE(spec=spec, aggregator=FedAvg()) as strategy:
         result = strategy.start(grid)
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from tests.experts.conftest import MOE, Company, House, batch_of
 from vflair_flower.errors import CheckpointError, ConfigurationError
-from vflair_flower.experts import EXPERT_TARGETS, expert_layer_names
-from vflair_flower.experts.merged_adapter import merge_expert_adapters
+from vflair_flower.experts import EXPERT_TARGETS, expert_layer_names, merge_expert_adapters
 from vflair_flower.memory import tensor_bytes
 from vflair_flower.partition import Segment, load_config, load_segment, make_trainable, trained_state
 from vflair_flower.settings import ExpertSettings, LoraSettings, WeightSettings

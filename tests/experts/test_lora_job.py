@@ -70,6 +70,8 @@ def test_a_job_with_lora_learns_and_keeps_adapters_alone(nodes, lora_spec, avera
 
 
 def test_a_resume_goes_on_with_the_adapters_that_were_left(nodes, lora_spec, tmp_path):  # noqa: F811
+    training = dataclasses.replace(lora_spec.training, local_steps=2)
+    lora_spec = dataclasses.replace(lora_spec, training=training)
     whole, *_ = run(nodes, lora_spec, job="whole", checkpoint_dir=tmp_path / "whole")
     run(nodes, lora_spec, num_rounds=1, job="broken", checkpoint_dir=tmp_path / "broken")
     resumed, *_ = run(nodes, lora_spec, job="broken", checkpoint_dir=tmp_path / "broken", resume=True)
@@ -80,8 +82,9 @@ def test_a_resume_goes_on_with_the_adapters_that_were_left(nodes, lora_spec, tmp
         assert all(torch.equal(t, other["own"][n]) for n, t in one["own"].items())
 
 
-def test_frozen_experts_let_parties_tune_their_own_models_as_they_like(nodes, lora_spec):  # noqa: F811
-    tuning = LoraSettings(method="dora", rank=4, dropout=0.1)
+@pytest.mark.parametrize("method", ["dora", pytest.param("adalora", marks=pytest.mark.slow)])
+def test_frozen_experts_let_parties_tune_their_own_models_as_they_like(nodes, lora_spec, method):  # noqa: F811
+    tuning = LoraSettings(method=method, rank=4, dropout=0.1)
     spec = dataclasses.replace(lora_spec, tuning=tuning, experts=ExpertSettings(trained="none"))  # noqa: F811
     strategy, *_ = run(nodes, spec)
     losses = [record.train_metrics["loss"] for record in strategy.history]
