@@ -173,7 +173,7 @@ def expert_session(
         caller = ExpertCaller(link, host, placement, spec)
         try:
             assert spec.experts is not None
-            routing = route_locally(loaded.model, spec.experts, placement, offer.party)
+            routing = route_locally(model, spec.experts, placement, offer.party)
             exchange = exchange_over(link) if offer.training and balances_jointly(spec) else None
             with channel.joined(caller), routing, load_balance(model, spec, exchange):
                 session = ExpertSession(message, own, link, caller, host)

@@ -232,7 +232,6 @@ class ExpertSettings:
         one_of("combine", self.combine, ("owner", "host"))
         one_of("codec", self.codec, ("none", "int8"))
         one_of("on_host_lost", self.on_host_lost, ("fail", "skip", "replica"))
-        one_of("on_host_lost", self.on_host_lost, ("fail", "skip"))
         one_of("trained", self.trained, ("all", "none"))
         if any(not 0.0 < capacity < math.inf for capacity in self.capacities):
             raise ConfigurationError(f"capacities are {self.capacities}; each is a number above 0.")
