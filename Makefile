@@ -5,7 +5,9 @@ BIN    := $(VENV)/bin
 CONFIG ?=
 SEEDS  ?= 0 1 2
 
-.PHONY: help setup run seeds test test-all check families clean
+MOE_DATA ?=
+
+.PHONY: help setup run seeds moe moe-full test test-all check families clean
 help: ## Show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
@@ -22,6 +24,12 @@ run: setup ## The main job: CONFIG="data='path' seed=1" changes settings
 
 seeds: setup ## The main job over several seeds: SEEDS="0 1 2" CONFIG="..."
 	@$(BIN)/python -m simulations.seeds --seeds "$(SEEDS)" $(if $(CONFIG),--run-config "$(CONFIG)")
+
+moe: setup ## PC-MoE beside its baselines, in minutes: MOE_DATA=folder takes real texts
+	@$(BIN)/python -m simulations.launch --run-config "job='moe' moe-data='$(MOE_DATA)'" $(if $(CONFIG),--run-config "$(CONFIG)")
+
+moe-full: setup ## All of it, in hours on a CPU: MOE_DATA=folder with the data sets of docs/experts.md
+	@$(BIN)/python -m simulations.launch --run-config simulations/moe_full.toml --run-config "moe-data='$(MOE_DATA)' moe-pretraining-texts='$(MOE_DATA)/wikitext2'" $(if $(CONFIG),--run-config "$(CONFIG)")
 
 test: setup ## The tests that CI runs
 	$(BIN)/python -m pytest -m "not slow and not gpu"

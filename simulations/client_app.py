@@ -1,10 +1,11 @@
-"""The Flower ClientApp of the main job: a node is a data party or, if the job says so, the model party."""
+"""The Flower ClientApp: a node is a data party or the model party of the main job, or works on cells of PC-MoE's."""
 
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from simulations.moe.job import CELL, answer_cell
 from simulations.rows import rows_of_party
 from simulations.settings import JobSettings
 from vflair_flower.clients import DataParty, ModelParty, PartyRows, role_of
@@ -48,6 +49,7 @@ def hello(message: Message, context: Context) -> Message:
     return party.hello(message, context)
 
 
+app.query(CELL)(answer_cell)
 app.train()(data_party.train)
 app.evaluate()(data_party.evaluate)
 app.train(SERVE)(model_party.serve)

@@ -25,6 +25,8 @@ import typer
 from flwr.cli.config_utils import load_and_validate
 from flwr.common.config import fuse_dicts, parse_config_args
 
+from simulations.jobs import read_job
+from simulations.moe.settings import MoeSettings, check_moe
 from simulations.settings import JobSettings, new_run_id
 from vflair_flower.errors import ConfigurationError
 
@@ -60,7 +62,7 @@ def main(
         typer.secho("\nFlower's simulation failed before the first round; starting it once more.", err=True)
 
 
-def _run_once(configs: list[str], settings: JobSettings) -> tuple[str, int, Path]:
+def _run_once(configs: list[str], settings: JobSettings | MoeSettings) -> tuple[str, int, Path]:
     """Return how Flower says that the run ended, the exit code of `flwr run`, and the SuperLink's log."""
     with _superlink() as (environment, log_file):
         command = [_tool("flwr"), "run", str(ROOT), CONNECTION, "--stream"]
@@ -76,7 +78,7 @@ def _has_begun(run_dir: Path) -> bool:
     return (run_dir / "error.json").exists() or (run_dir / "checkpoints").exists()
 
 
-def read_settings(run_config: list[str]) -> JobSettings:
+def read_settings(run_config: list[str]) -> JobSettings | MoeSettings:
     """Read the settings as Flower will, so that what is wrong is said before anything starts."""
     loaded = load_and_validate(ROOT / "pyproject.toml", check_module=False)
     project: dict[str, Any] = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -87,11 +89,14 @@ def read_settings(run_config: list[str]) -> JobSettings:
         raise ConfigurationError(
             f"there is no setting {', '.join(map(repr, unknown))}; there are {', '.join(sorted(defaults))}."
         )
-    return JobSettings.from_run_config(fuse_dicts(defaults, overrides))
+    return read_job(fuse_dicts(defaults, overrides))
 
 
-def _check(settings: JobSettings) -> None:
+def _check(settings: JobSettings | MoeSettings) -> None:
     """Find what is wrong with the settings before a daemon is started for them."""
+    if isinstance(settings, MoeSettings):
+        check_moe(settings)
+        return
     from simulations.rows import load_dataset, task_of
     from vflair_flower.certificate import admit
     from vflair_flower.partition import resolve_model
@@ -213,7 +218,7 @@ def _status(environment: dict[str, str]) -> str:
         return "unknown"
 
 
-def _federation(settings: JobSettings) -> str:
+def _federation(settings: JobSettings | MoeSettings) -> str:
     nodes = settings.num_nodes
     return (
         f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus=0.0 init-args-num-cpus={nodes}"

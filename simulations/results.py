@@ -78,7 +78,7 @@ def make_result(
         status="completed",
         settings=settings.to_flat(),
         seed=settings.seed,
-        versions=_versions(),
+        versions=versions(),
         model=ModelSummary(
             name=model_name,
             family=strategy.config.model_type,
@@ -249,7 +249,8 @@ def _tuning(spec: SplitSpec) -> str:
     return f"{what}{where}{' on ' + ' '.join(weights) if weights else ''}"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
     found = {"python": platform.python_version(), "vflair-flower": __version__}
     for package in _PACKAGES:
         try:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from simulations.launch import ROOT, read_settings
-from simulations.settings import new_run_id
+from simulations.settings import JobSettings, new_run_id
 from vflair_flower.report import Result
 from vflair_flower.tasks import Interval, seed_interval
 
@@ -28,6 +28,8 @@ def main(
     if len(numbers) < 2:
         raise typer.BadParameter(f"seeds is {seeds!r}; an interval over seeds needs two or more.")
     settings = read_settings(run_config or [])
+    if not isinstance(settings, JobSettings):
+        raise typer.BadParameter("the PC-MoE job has several seeds in one run: set moe-seeds.")
     runs = (Path(settings.base_dir or Path.cwd()) / settings.runs).resolve()
     name = settings.run_id or f"seeds-{new_run_id()}"
     results = []

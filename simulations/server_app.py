@@ -1,7 +1,7 @@
-"""The Flower ServerApp of the main job: companies fine-tune one model by split learning, and its report.
+"""The Flower ServerApp of both jobs: the main one, split learning among companies, and the one for PC-MoE.
 
-Order of things: settings and data are checked, parties are met, rounds run, the final figure is taken on rows that no
-round has seen, the unsplit baseline is trained beside it, and everything is written to runs/<run-id>/.
+Order of things in the main job: settings and data are checked, parties are met, rounds run, the final figure is taken
+on rows that no round has seen, the unsplit baseline is trained beside it, and everything is written to runs/<run-id>/.
 """
 
 import json
@@ -17,6 +17,9 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
 from simulations.baseline import train_unsplit
+from simulations.jobs import read_job
+from simulations.moe.job import run_moe
+from simulations.moe.settings import MoeSettings
 from simulations.results import make_result, point_latest, write_secrets
 from simulations.rows import load_dataset, task_of
 from simulations.settings import JobSettings, new_run_id
@@ -32,8 +35,8 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the job; a failure is also written to runs/<run-id>/error.json."""
-    settings = JobSettings.from_run_config(context.run_config)
+    """Run the job that the run configuration names; a failure is also written to runs/<run-id>/error.json."""
+    settings = read_job(context.run_config)
     run_id = settings.resume or settings.run_id or new_run_id()
     run_dir = settings.runs_dir / run_id
     if settings.resume and not run_dir.is_dir():
@@ -44,7 +47,11 @@ def main(grid: Grid, context: Context) -> None:
     error_file = run_dir / "error.json"
     error_file.unlink(missing_ok=True)
     try:
-        _run(grid, settings, run_id, run_dir)
+        _check_nodes(grid, settings)
+        if isinstance(settings, MoeSettings):
+            run_moe(grid, settings, run_id, run_dir)
+        else:
+            _run(grid, settings, run_id, run_dir)
     except Exception as error:
         error_file.write_text(json.dumps({"type": type(error).__name__, "message": str(error)}))
         raise
@@ -54,7 +61,6 @@ def _run(grid: Grid, settings: JobSettings, run_id: str, run_dir: Path) -> None:
     started = time.monotonic()
     if settings.body_threads:
         torch.set_num_threads(settings.body_threads)
-    _check_nodes(grid, settings)
     data = load_dataset(settings)
     task = task_of(data)
     metric_of(task.kind)
@@ -110,9 +116,11 @@ def _run(grid: Grid, settings: JobSettings, run_id: str, run_dir: Path) -> None:
         log(INFO, line)
 
 
-def _check_nodes(grid: Grid, settings: JobSettings) -> None:
+def _check_nodes(grid: Grid, settings: JobSettings | MoeSettings) -> None:
     """Refuse a job whose parties could not all run at once: a session would wait for those that cannot start."""
     nodes = len(list(grid.get_node_ids()))
+    if isinstance(settings, MoeSettings):  # its nodes are workers, and its parties need no handler each
+        return
     if nodes != settings.num_nodes:
         raise ConfigurationError(
             f"the job needs {settings.num_nodes} Flower nodes (parties={settings.parties}, "

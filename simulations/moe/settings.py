@@ -124,3 +124,18 @@ def _numbers(key: str, text: str) -> tuple[int, ...]:
         raise ConfigurationError(
             f'{key} is {text!r}; write whole numbers with blanks between, such as "1 2 4".'
         ) from error
+
+
+def check_moe(settings: MoeSettings) -> None:
+    """Find what is missing before anything starts; raise DataError or ModelError."""
+    from simulations.moe.choices import load_questions
+    from simulations.moe.texts import load_texts
+    from vflair_flower.experts import num_experts
+    from vflair_flower.partition import resolve_model
+    from vflair_flower.partition.sources import read_config
+
+    load_texts(settings.data_dir, settings.moe_rows, settings.moe_held_out_rows)
+    if settings.data_dir is not None and settings.moe_choice_rows:
+        load_questions(settings.data_dir, 1)
+    if settings.moe_model:
+        num_experts(read_config(resolve_model(settings.moe_model, settings.base)))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from vflair_flower.errors import ConfigurationError, ModelError
 from vflair_flower.experts.dispatch import RemoteExperts
@@ -31,7 +31,7 @@ _RANK_LOGITS = ("gpt_oss",)
 
 
 def route_locally(
-    model: PreTrainedModel, settings: ExpertSettings, placement: Placement, party: str
+    model: nn.Module, settings: ExpertSettings, placement: Placement, party: str
 ) -> AbstractContextManager[None]:
     """Return what makes a party's routers choose as the job's settings say, within a ``with`` block."""
     if not settings.opted_out and not settings.local_tolerance:
@@ -42,7 +42,7 @@ def route_locally(
 
 @contextmanager
 def prefer_experts(
-    model: PreTrainedModel, *, masked: Experts | None = None, preferred: Experts | None = None, tolerance: float = 0.0
+    model: nn.Module, *, masked: Experts | None = None, preferred: Experts | None = None, tolerance: float = 0.0
 ) -> Iterator[None]:
     """Change which experts a model's routers choose, inside the block; whole models and split ones alike.
 
@@ -52,8 +52,8 @@ def prefer_experts(
 
     Parameters
     ----------
-    model : transformers.PreTrainedModel
-        A mixture-of-experts model.
+    model : torch.nn.Module
+        A mixture-of-experts model of transformers, or a `PeftModel` around one.
     masked : mapping of int to collection of int, optional
         Per layer with experts, those that are not chosen.  All but one party's: inference with its experts alone.
     preferred : mapping of int to collection of int, optional
@@ -86,9 +86,10 @@ def prefer_experts(
     if not 0.0 <= tolerance < math.inf:
         raise ConfigurationError(f"tolerance is {tolerance}; choose 0 (none) or more.")
     masked, preferred = masked or {}, preferred or {}
-    check_enough_experts(model.config, masked)
-    count = num_experts(model.config)
-    additive = model.config.get_text_config().model_type in _RANK_LOGITS
+    config: PreTrainedConfig = model.config  # type: ignore[assignment]
+    check_enough_experts(config, masked)
+    count = num_experts(config)
+    additive = config.get_text_config().model_type in _RANK_LOGITS
     with ExitStack() as stack:
         for layer, router in _routers(model).items():
             masked_E, preferred_E = (_flags(chosen.get(layer, ()), count) for chosen in (masked, preferred))

@@ -42,7 +42,7 @@ def curves(curves: Sequence[Curve], *, ident: str, rounds: Sequence[int], fracti
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
-    with _style():
+    with style():
         figure = Figure(figsize=(4.7, 2.6))
         axes = figure.add_axes((0.1, 0.16, 0.87, 0.79))
         marker_size = 4.0 if len(rounds) <= 40 else 0.0
@@ -67,7 +67,7 @@ def curves(curves: Sequence[Curve], *, ident: str, rounds: Sequence[int], fracti
             known = [value for curve in curves for value in curve.values if value is not None]
             axes.set_ylim(0, 1.06 * max([*known, 1e-9]))
         axes.set_xlabel("round")
-        _quiet(axes)
+        quiet(axes)
         return _svg(figure, ident)
 
 
@@ -75,7 +75,7 @@ def stacked_bars(parts: Mapping[str, Sequence[float]], *, ident: str, rounds: Se
     """Draw one bar per round, stacked of named parts in seconds, and return the SVG; colours are `PARTS` in order."""
     from matplotlib.figure import Figure
 
-    with _style():
+    with style():
         figure = Figure(figsize=(4.7, 2.6))
         axes = figure.add_axes((0.1, 0.16, 0.87, 0.79))
         below = [0.0] * len(rounds)
@@ -88,11 +88,11 @@ def stacked_bars(parts: Mapping[str, Sequence[float]], *, ident: str, rounds: Se
             axes.set_xlim(min(rounds) - spare, max(rounds) + spare)
         axes.set_xlabel("round")
         axes.yaxis.set_major_formatter("{x:g} s")
-        _quiet(axes)
+        quiet(axes)
         return _svg(figure, ident)
 
 
-def _style() -> AbstractContextManager[None]:
+def style() -> AbstractContextManager[None]:
     """Return the settings that all pictures are drawn under."""
     import matplotlib
 
@@ -124,7 +124,7 @@ def _round_ticks(axes: object, rounds: Sequence[int]) -> None:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
 
 
-def _quiet(axes: object) -> None:
+def quiet(axes: object) -> None:
     """Leave out every line that says nothing."""
     from matplotlib.axes import Axes
 

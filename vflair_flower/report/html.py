@@ -15,7 +15,7 @@ from markupsafe import Markup
 from vflair_flower.report import figures, numbers
 from vflair_flower.report.files import write_atomically
 from vflair_flower.report.observers import NO_ONE, grave_rows, is_second_leg, on_one_machine, tensor_name, turn
-from vflair_flower.report.page import PAGE
+from vflair_flower.report.page import PAGE, STYLE
 from vflair_flower.report.result import ObserverRow, PartySummary, Result, RoundSummary, TrafficEntry
 from vflair_flower.report.wording import commonest, headline, shown_name, verdict
 
@@ -67,6 +67,7 @@ def render(result: Result) -> str:
     environment.globals["share"] = numbers.share
     return environment.from_string(PAGE).render(
         result=result,
+        style=Markup(STYLE),
         headline=headline(result),
         verdict=verdict(result.metric),
         metric_name=shown_name(result.metric),

@@ -3,19 +3,7 @@
 It is Python source because a Flower App Bundle carries no HTML or template files.
 """
 
-PAGE = r"""{# The page of one run. No script, no outside resource; every value is escaped (autoescape). #}
-{% macro cell(label, kind="") %}<td data-label="{{ label }}"{% if kind %} class="{{ kind }}"{% endif %}>{{ caller() }}</td>{% endmacro %}
-{% macro swatch(color, text, kind="") %}<li><i class="{{ kind }}" style="--c:{{ color }}"></i>{{ text }}</li>{% endmacro %}
-{% set metric = result.metric %}
-{% set model = result.model %}
-{% set not_recorded %}<p class="note">Not recorded in this run.</p>{% endset %}
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ model.name }}, trained split: run {{ result.run_id }}</title>
-<style>
+STYLE = r"""<style>
 :root { --ink:#1d2530; --soft:#5a6473; --line:#e1e5eb; --wash:#f5f7fa; --blue:#1f5fbf; --blue-wash:#e8f0fb;
   --plum:#6a4fa3; --plum-wash:#f0ecf8; --amber:#f0b866; --warn:#8a4b08; --warn-wash:#fdf5e6; --good:#1f6f4f; }
 * { box-sizing:border-box; }
@@ -76,6 +64,7 @@ th.n, td.n { text-align:right; white-space:nowrap; }
 td .small { display:block; font-size:12.5px; }
 tbody.group th { padding:22px 0 6px; color:var(--ink); font-size:15px; font-weight:650; }
 tbody.group:first-of-type th { padding-top:12px; }
+i.dot { display:inline-block; width:10px; height:10px; border-radius:5px; margin-right:7px; }
 td.open { color:var(--warn); } td.covered { color:var(--good); }
 .bar { display:flex; height:12px; border-radius:3px; overflow:hidden; background:var(--wash); min-width:110px; margin:5px 0 3px; }
 .bar i { display:block; background:var(--c); flex:none; }
@@ -111,7 +100,22 @@ footer { margin-top:28px; color:var(--soft); font-size:13px; }
   .part, figure, tr, .warning, .calm, .scores { break-inside:avoid; } details::details-content { content-visibility:visible; display:block; height:auto; }
   @page { margin:16mm; }
 }
-</style>
+</style>"""
+"""The looks of all pages."""
+
+PAGE = r"""{# The page of one run. No script, no outside resource; every value is escaped (autoescape). #}
+{% macro cell(label, kind="") %}<td data-label="{{ label }}"{% if kind %} class="{{ kind }}"{% endif %}>{{ caller() }}</td>{% endmacro %}
+{% macro swatch(color, text, kind="") %}<li><i class="{{ kind }}" style="--c:{{ color }}"></i>{{ text }}</li>{% endmacro %}
+{% set metric = result.metric %}
+{% set model = result.model %}
+{% set not_recorded %}<p class="note">Not recorded in this run.</p>{% endset %}
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{{ model.name }}, trained split: run {{ result.run_id }}</title>
+{{ style }}
 </head>
 <body>
 <main>
