@@ -183,7 +183,7 @@ def expert_session(
         finally:
             caller.close()
     if offer.training:
-        kept: Mapping[str, Any] = {"own": trained_state(model), "host": host.state()}
+        kept: Mapping[str, Any] = {"own": trained_state(model, copied=False), "host": host.state()}
         store.save(offer.server_round, dict(kept))
 
 

@@ -198,10 +198,8 @@ def _traffic(results: list[CellResult]) -> dict[str, Any]:
         if one.method == "pc-moe" and one.parties > 1:
             by_parties.setdefault(str(one.parties), []).append(one.bytes_per_token)
     means = {parties: math.fsum(values) / len(values) for parties, values in by_parties.items()}
-    return {
-        "bytes_per_token": means.get("4") or (list(means.values()) or [None])[-1],
-        "bytes_per_token_by_parties": means,
-    }
+    most = list(means.values())[-1] if means else None
+    return {"bytes_per_token": means.get("4", most), "bytes_per_token_by_parties": means}
 
 
 def _run_cells(

@@ -6,8 +6,10 @@ All three run `CollaborativeMoE` over gRPC; memory and speed with each party in 
 import concurrent.futures
 import gc
 import multiprocessing
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,20 +24,24 @@ from torch import nn
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from simulations.local_grid import LocalGrid, ProcessGrid
-from simulations.moe.methods import WRITE, load_whole
-from simulations.moe.party import PeakSampler, made_up_batch
+from simulations.moe.methods import WRITE, load_whole, quiet_flower
+from simulations.moe.party import PeakSampler, made_up_batch, warm_up
 from vflair_flower.clients import ExpertParty, PartyRows, expert_session
 from vflair_flower.clients.store import PartyStore
 from vflair_flower.experts import expert_layer_names, num_experts, place_experts
 from vflair_flower.experts.loading import backbone_parameters
+from vflair_flower.memory import ActivationMeter
 from vflair_flower.partition import load_config, resolve_model
 from vflair_flower.settings import ExpertSettings, OptimizerSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies import CollaborativeMoE
 from vflair_flower.tasks import PromptRow
 
-_BYTES_PER_TRAINED_PARAMETER = 16
-"""Of weights in float32: the weight, its gradient, and AdamW's two averages."""
+_STATIC_BYTES, _STEP_BYTES = 16, 8
+"""Per parameter: of weights in float32 the weight, its gradient and AdamW's two averages; what AdamW needs beside these
+for the parameters of the one tensor that it steps."""
+_LEAN = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "262144"}
+"""For glibc: what one thread frees goes back to the system instead of staying that thread's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +88,7 @@ def measure_exactness(model: str, parties: int, *, deadline_s: float) -> Exactne
     with tempfile.TemporaryDirectory() as work_dir:
         nodes = [{"partition-id": i, "state-dir": f"{work_dir}/{i}"} for i in range(parties)]
         grid = LocalGrid(app, nodes)
-        with _strategy(spec, parties, deadline_s) as strategy:
+        with quiet_flower(), _strategy(spec, parties, deadline_s) as strategy:
             strategy.start(grid)
         grid.close()
         same["parameters"] = _same_parameters(whole, spec, [Path(str(node["state-dir"])) for node in nodes])
@@ -99,22 +105,25 @@ class PeakMemory:
         0: the whole model in one place.
     measured : int
         Of the process.
-    static : int
-        By the formula: 16 bytes for each parameter held.
-    parts : dict[str, int]
-        What the session itself counts (`vflair_flower.memory.MemoryParts`); empty for the whole model.
+    formula : int
+        ``16 (B + X / n) + 8 M / n + A``: B parameters outside experts, X in all experts, M in the largest tensor of
+        experts, n parties, A activations, as counted.
+    activations : int
+        A.
     """
 
     parties: int
     measured: int
-    static: int
-    parts: dict[str, int]
+    formula: int
+    activations: int
 
 
 def measure_memory(
     shape: str, parties: Sequence[int], *, rows: int, tokens: int, deadline_s: float
 ) -> tuple[PeakMemory, list[PeakMemory]]:
     """Measure training of an OLMoE-shaped model, whole and with experts at each number of parties.
+
+    Gradients are checkpointed in all of them.
 
     Returns
     -------
@@ -123,28 +132,28 @@ def measure_memory(
     """
     with tempfile.TemporaryDirectory() as folder:
         model = str(Path(folder) / "model")
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            pool.submit(save_olmoe_shaped, shape, model).result()
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            measured = pool.submit(_whole_peak, model, rows, tokens).result()
-        spec = _spec(model, steps=2, rows=rows, tokens=tokens)
+        _in_a_process(save_olmoe_shaped, shape, model)
+        spec = _spec(model, steps=2, rows=rows, tokens=tokens, gradient_checkpointing=True)
         config = load_config(resolve_model(model), WRITE)
         with torch.device("meta"):
-            everything = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+            sizes = [p.numel() for p in AutoModelForCausalLM.from_config(config).parameters()]
         own = backbone_parameters(config, spec)
-        whole = PeakMemory(parties=0, measured=measured, static=_BYTES_PER_TRAINED_PARAMETER * everything, parts={})
-        found = []
-        for count in parties:
-            metrics, reports = _run_parties(spec, count, rows=rows, tokens=tokens, steps=2, deadline_s=deadline_s)
-            most = max(reports, key=lambda name: sum(reports[name].values()))
-            found.append(
-                PeakMemory(
-                    parties=count,
-                    measured=int(max(v for name, v in metrics.items() if name.endswith("peak-bytes"))),
-                    static=round(_BYTES_PER_TRAINED_PARAMETER * (own + (everything - own) / count)),
-                    parts=reports[most],
-                )
-            )
+
+        def by_formula(count: int, activations: int) -> int:
+            held = own + (sum(sizes) - own) / count
+            return int(_STATIC_BYTES * held + _STEP_BYTES * max(sizes) / count + activations)
+
+        with _environment(_LEAN):
+            measured, activations = _in_a_process(_whole_peak, model, rows, tokens)
+            formula = by_formula(1, activations)
+            whole = PeakMemory(parties=0, measured=measured, formula=formula, activations=activations)
+            found = []
+            for count in parties:
+                metrics, reports = _run_parties(spec, count, rows=rows, tokens=tokens, steps=2, deadline_s=deadline_s)
+                activations = max(parts["activations"] for parts in reports.values())
+                peaks = [int(value) for name, value in metrics.items() if name.endswith("peak-bytes")]
+                formula = by_formula(count, activations)
+                found.append(PeakMemory(parties=count, measured=max(peaks), formula=formula, activations=activations))
     return whole, found
 
 
@@ -208,32 +217,61 @@ def save_olmoe_shaped(shape: str, folder: str) -> None:
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
 
 
-def _whole_peak(model: str, rows: int, tokens: int) -> int:
-    """Return the peak memory of training the whole model here, in a process of its own."""
+def _in_a_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function in a new process."""
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set variables for processes that are started in the block."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _whole_peak(model: str, rows: int, tokens: int) -> tuple[int, int]:
+    """Return the peak memory of training the whole model here, in a process of its own, and its activations."""
     torch.set_num_threads(1)
+    warm_up()
     gc.collect()
     with PeakSampler() as sampler:
         whole = load_whole(model).train()
+        whole.gradient_checkpointing_enable({"use_reentrant": False})
         for parameter in whole.parameters():  # out of the mapped file, as parties hold theirs
             parameter.data = parameter.data.clone()
         optimizer = OptimizerSettings().build(list(whole.parameters()))
-        _steps(whole, optimizer, [made_up_batch(whole.config, rows=rows, tokens=tokens, seed=s) for s in range(3)])
-    return sampler.peak_bytes
+        meter = ActivationMeter(whole)
+        for seed in range(3):
+            batch = made_up_batch(whole.config, rows=rows, tokens=tokens, seed=seed)
+            with meter.measure(batch["input_ids"].shape, seed):
+                loss = whole(**batch).loss
+            loss.backward()
+            meter.release(seed)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+    return sampler.peak_bytes, meter.peak_bytes
 
 
 def _steps(
     model: nn.Module, optimizer: torch.optim.Optimizer, batches: Sequence[Mapping[str, torch.Tensor]]
 ) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Take a step per batch; returns the logits of each, and the first gradients by name where there are few."""
+    """Take a step per batch; returns the logits of each, and the first gradients by name."""
     logits: list[torch.Tensor] = []
     gradients: dict[str, torch.Tensor] = {}
-    small = sum(p.numel() for p in model.parameters()) < 20_000_000
     for batch in batches:
         output: Any = model(**batch)
         output.loss.backward()
-        if small:
-            logits.append(output.logits.detach().clone())
-            gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        logits.append(output.logits.detach().clone())
+        gradients = gradients or {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return logits, gradients
@@ -257,7 +295,7 @@ def run_measured(
 ) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
     """Run one round of `simulations.moe.party` on a grid."""
     asked = ConfigRecord({"rows": rows, "tokens": tokens, "steps": steps})
-    with _strategy(spec, parties, deadline_s, _AllMetrics) as strategy:
+    with quiet_flower(), _strategy(spec, parties, deadline_s, _AllMetrics) as strategy:
         strategy.start(grid, num_rounds=1, train_config=asked)
     reports = {name: report.memory for name, report in strategy.reports.items()}
     return strategy.history[-1].train_metrics, reports
@@ -284,14 +322,27 @@ def _strategy(spec: SplitSpec, parties: int, deadline_s: float, aggregator: type
     )
 
 
-def _spec(model: str, *, steps: int, rows: int, tokens: int, experts: ExpertSettings | None = None) -> SplitSpec:
+def _spec(
+    model: str,
+    *,
+    steps: int,
+    rows: int,
+    tokens: int,
+    experts: ExpertSettings | None = None,
+    gradient_checkpointing: bool = False,
+) -> SplitSpec:
     return SplitSpec(
         model=model,
         task=WRITE,
         tuning=None,
         optimizer=OptimizerSettings(learning_rate=1e-3),
         training=TrainingSettings(
-            rounds=1, local_steps=steps, batch_size=rows, evaluation_batch_size=rows, max_tokens=tokens
+            rounds=1,
+            local_steps=steps,
+            batch_size=rows,
+            evaluation_batch_size=rows,
+            max_tokens=tokens,
+            gradient_checkpointing=gradient_checkpointing,
         ),
         experts=experts or ExpertSettings(),
         averaging="none",

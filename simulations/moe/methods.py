@@ -14,9 +14,11 @@ J rows are in the joined batch, n parties: centralised training takes J rows a s
 
 import copy
 import itertools
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from vflair_flower.experts import expert_layer_names, num_experts, place_experts
 from vflair_flower.experts.modules import expert_modules
 from vflair_flower.memory import ActivationMeter, MemoryParts, optimizer_bytes, tensor_bytes
 from vflair_flower.partition import load_config, resolve_model
+from vflair_flower.partition.loading import quiet
 from vflair_flower.settings import ExpertSettings, OptimizerSettings, TaskKind, TaskSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies import CollaborativeMoE, HubSettings
@@ -167,9 +170,22 @@ class _Learner:
         )
 
 
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Keep strategies from writing their progress, which is not that of the job."""
+    logger = logging.getLogger("flwr")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def load_whole(folder: str) -> PreTrainedModel:
     """Load a whole model."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with quiet():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return model
 
 
@@ -218,14 +234,17 @@ def pc_moe(job: Job, tokenizer: PreTrainedTokenizerBase, experts: ExpertSettings
     ).register(app)
     nodes = [{"partition-id": i, "state-dir": str(job.work_dir / f"party-{i}")} for i in range(parties)]
     grid = LocalGrid(app, nodes)
-    with CollaborativeMoE(
-        spec=spec,
-        aggregator=FedAvg(min_train_nodes=parties, min_evaluate_nodes=parties, min_available_nodes=parties),
-        parties=parties,
-        hub=HubSettings(bind="inproc"),
-        deadline_s=job.deadline_s,
-        job="cell",
-    ) as strategy:
+    with (
+        quiet_flower(),
+        CollaborativeMoE(
+            spec=spec,
+            aggregator=FedAvg(min_train_nodes=parties, min_evaluate_nodes=parties, min_available_nodes=parties),
+            parties=parties,
+            hub=HubSettings(bind="inproc"),
+            deadline_s=job.deadline_s,
+            job="cell",
+        ) as strategy,
+    ):
         strategy.start(grid)
     grid.close()
     outcome = Outcome(models=lambda: _joined_models(spec, job, parties))

@@ -15,6 +15,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
+from transformers import OlmoeConfig, OlmoeForCausalLM
 
 from vflair_flower.clients import ExpertParty, PartyRows, expert_session
 from vflair_flower.tasks import PromptRow
@@ -62,6 +63,18 @@ def made_up_batch(config: Any, *, rows: int, tokens: int, seed: int) -> dict[str
     return {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT), "labels": ids_BT}
 
 
+def warm_up() -> None:
+    """Load and run what every process needs once, a model of no size, so that it does not count as a model's memory."""
+    config = OlmoeConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_experts=2,
+        num_experts_per_tok=1, vocab_size=8,
+    )  # fmt: skip
+    model = OlmoeForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(**made_up_batch(config, rows=1, tokens=4, seed=0)).loss.backward()
+    optimizer.step()
+
+
 def _rows(_context: Context) -> PartyRows:
     row = PromptRow(prompt="", response="no text is needed", id="0")
     return PartyRows(train=(row,), validation=(row,))
@@ -79,6 +92,7 @@ ExpertParty(_rows, state_dir=_own_dir).register(app, train=False, evaluate=False
 def train(message: Message, context: Context) -> Message:
     """Take the steps that the message's configuration asks for, the first of them not timed."""
     torch.set_num_threads(1)
+    warm_up()
     asked = message.content["config"]
     rows, tokens, steps = (int(asked[name]) for name in ("rows", "tokens", "steps"))  # type: ignore[arg-type]
     party = int(context.node_config["partition-id"])

@@ -25,10 +25,10 @@ are compared with the whole model's bit by bit.</p>
 </table>
 {% if memory %}
 <h3>Peak memory of the party that needs most</h3>
-<p class="note">Of its process, beyond an idle one's; training an OLMoE-shaped model, every party in a process of its own. Static: 16 bytes for each parameter held (weight, gradient, AdamW's two averages in float32).</p>
+<p class="note">Of its process, beyond an idle one's; training an OLMoE-shaped model, every party in a process of its own, gradients checkpointed. Formula: 16 (B + X/n) + 8 M/n + A bytes, for B parameters outside experts, X in experts, M in their largest tensor, n parties and activations A as counted.</p>
 <table class="cards">
-<thead><tr><th></th><th class="n">Measured</th><th class="n">Static, by formula</th><th class="n">Less than unsplit</th><th></th></tr></thead>
-<tbody>{% for one in memory %}<tr><td>{{ one.name }}</td><td class="n">{{ one.measured|size }}</td><td class="n">{{ one.static|size }}</td><td class="n">{{ one.reduction|percent if one.reduction is not none else "–" }}</td><td><div class="bar thin"><i style="--c:var(--blue);width:{{ "%.1f"|format(100 * one.share) }}%"></i></div></td></tr>{% endfor %}</tbody>
+<thead><tr><th></th><th class="n">Measured</th><th class="n">By formula</th><th class="n">Less than unsplit</th><th></th></tr></thead>
+<tbody>{% for one in memory %}<tr><td>{{ one.name }}</td><td class="n">{{ one.measured|size }}</td><td class="n">{{ one.formula|size }}</td><td class="n">{{ one.reduction|percent if one.reduction is not none else "–" }}</td><td><div class="bar thin"><i style="--c:var(--blue);width:{{ "%.1f"|format(100 * one.share) }}%"></i></div></td></tr>{% endfor %}</tbody>
 </table>
 {% endif %}
 {% if moe.speed %}

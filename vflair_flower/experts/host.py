@@ -180,16 +180,20 @@ class ExpertHost:
         return {name: p.detach().cpu().clone() for name, p in self._update.parameters.items()}
 
     def state(self) -> dict[str, object]:
-        """Return all that a checkpoint needs; readable by ``torch.load(weights_only=True)``."""
-        return {"trained": self.trained_state(), "update": self._update.state()}
+        """Return all that a checkpoint needs, readable by ``torch.load(weights_only=True)``; the next step changes it.
+
+        A copy would double what a host needs.
+        """
+        trained = {name: p.detach().cpu() for name, p in self._update.parameters.items()}
+        return {"trained": trained, "update": self._update.state(copied=False)}
 
     def load_state(self, state: Mapping[str, object]) -> None:
-        """Put back what `state` returned."""
+        """Put back what `state` returned; the caller gives it away."""
         trained: dict[str, Tensor] = state["trained"]  # type: ignore[assignment]
         with torch.no_grad():
             for name, tensor in trained.items():
                 self._update.parameters[name].copy_(tensor)
-        self._update.load_state(state["update"])  # type: ignore[arg-type]
+        self._update.load_state(state["update"], copied=False)  # type: ignore[arg-type]
 
     def _forward(self, request: Request) -> Reply:
         call = self._read(request)

@@ -224,10 +224,11 @@ def freeze_part(model: PreTrainedModel, segment: Segment) -> None:
         place.module.requires_grad_(False)
 
 
-def trained_state(model: nn.Module) -> dict[str, Tensor]:
+def trained_state(model: nn.Module, *, copied: bool = True) -> dict[str, Tensor]:
     """Return what is trained, by global name: the adapters, or all trainable parameters.
 
-    Detached, on the CPU; bfloat16, which Flower's arrays do not know, becomes float32.
+    Detached, on the CPU.  A copy, in which bfloat16, which Flower's arrays do not know, is float32; or what the next
+    step changes, as it is.
     """
     if isinstance(model, PeftModel):
         # PEFT's own choice asks the hub each time, and adds whole embeddings where they have adapters.
@@ -236,6 +237,8 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     else:
         state = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = {name: tensor.detach().cpu() for name, tensor in sorted(state.items())}
+    if not copied:
+        return found
     return {name: t.float() if t.dtype is torch.bfloat16 else t.clone() for name, t in found.items()}
 
 
@@ -259,7 +262,7 @@ def _at_full_rank(model: PeftModel) -> Iterator[None]:
 
 def load_trained_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Put back what `trained_state` returned; raise CheckpointError if names or shapes differ from this segment's."""
-    expected = trained_state(model)
+    expected = trained_state(model, copied=False)
     odd = sorted(set(expected) ^ set(state)) or [n for n in expected if expected[n].shape != state[n].shape]
     if odd:
         raise CheckpointError(

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -108,12 +109,12 @@ class Update(ABC):
         """Let a party go that is done or lost; what it had not stepped with is dropped."""
 
     @abstractmethod
-    def state(self) -> dict[str, object]:
-        """Return a copy of the optimisers' state for a checkpoint."""
+    def state(self, *, copied: bool = True) -> dict[str, object]:
+        """Return the optimisers' state for a checkpoint: a copy, or what the next step changes."""
 
     @abstractmethod
-    def load_state(self, state: Mapping[str, object]) -> None:
-        """Put back what `state` returned."""
+    def load_state(self, state: Mapping[str, object], *, copied: bool = True) -> None:
+        """Put back what `state` returned; where it is not copied, the caller gives it away."""
 
     def before_forward(self, party: str) -> None:  # noqa: B027 - most need not wait
         """Wait until the party may run a forward pass."""
@@ -147,13 +148,13 @@ class Update(ABC):
         with self._lock:
             return dict(self._gradients.get(party, {}))
 
-    def _portions(self, party: str) -> Iterator[Gradients]:
-        """Yield what waits for the party's step in portions; a deferred one is made as its turn comes."""
-        yield self.pending(party)
+    def _portions(self, party: str) -> Iterator[tuple[Gradients, bool]]:
+        """Yield what waits for the party's step in portions, and whether a portion is only made as its turn comes."""
+        yield self.pending(party), False
         with self._lock:
             deferred = list(self._deferred.get(party, ()))
         for make in deferred:
-            yield make()
+            yield make(), True
 
     def drop(self, party: str) -> None:
         """Forget the gradients that wait for the party's step."""
@@ -237,15 +238,17 @@ class _SharedOptimizer(Update):
         super().__init__(module, optimizer)
         self._optimizer = optimizer.build(list(self.parameters.values()))
 
-    def state(self) -> dict[str, object]:
+    def state(self, *, copied: bool = True) -> dict[str, object]:
+        optimizer = self._optimizer.state_dict()
         state: dict[str, object] = {
-            "optimizer": copy.deepcopy(self._optimizer.state_dict()),
+            "optimizer": copy.deepcopy(optimizer) if copied else optimizer,
             "steps": self.steps_taken,
         }
         return state if self.ranks is None else {**state, "ranks": self.ranks.state()}
 
-    def load_state(self, state: Mapping[str, object]) -> None:
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))  # type: ignore[arg-type]
+    def load_state(self, state: Mapping[str, object], *, copied: bool = True) -> None:
+        optimizer: dict[str, Any] = state["optimizer"]  # type: ignore[assignment]
+        self._optimizer.load_state_dict(copy.deepcopy(optimizer) if copied else optimizer)
         self.steps_taken = int(state["steps"])  # type: ignore[call-overload]
         if self.ranks is not None:
             self.ranks.load_state(state["ranks"])  # type: ignore[arg-type]
@@ -314,11 +317,19 @@ class SynchronousUpdate(_SharedOptimizer):
     def _mean(self, weights: Mapping[str, float]) -> Gradients:
         """Return the weighted sum of the gradients that wait for parties' steps, in the order of the parties."""
         total: Gradients = {}
+        ours: set[str] = set()  # what of the sum may be changed in place, for memory's sake
         for party, weight in weights.items():
-            for portion in self._portions(party):
+            for portion, is_ours in self._portions(party):
                 self._note_gradients(total, portion)
-                for name, gradient in portion.items():
-                    share = gradient if weight == 1.0 else gradient * weight
+                for name in list(portion):
+                    gradient = portion.pop(name)
+                    fresh = is_ours or weight != 1.0
+                    share = gradient if weight == 1.0 else gradient.mul_(weight) if is_ours else gradient * weight
+                    if name in ours:
+                        total[name].add_(share)
+                        continue
+                    if name in total or fresh:
+                        ours.add(name)
                     total[name] = total[name] + share if name in total else share
         return total
 
@@ -400,15 +411,15 @@ class ReplicatedUpdate(Update):
                 parameter.copy_(mean)
         self._rows = {}
 
-    def state(self) -> dict[str, object]:
-        own = {party: copy.deepcopy(optimizer.state_dict()) for party, optimizer in self._own_optimizers.items()}
-        return {"optimizers": own, "steps": self.steps_taken}
+    def state(self, *, copied: bool = True) -> dict[str, object]:
+        own = {party: optimizer.state_dict() for party, optimizer in self._own_optimizers.items()}
+        return {"optimizers": copy.deepcopy(own) if copied else own, "steps": self.steps_taken}
 
-    def load_state(self, state: Mapping[str, object]) -> None:
+    def load_state(self, state: Mapping[str, object], *, copied: bool = True) -> None:
         self.steps_taken = int(state["steps"])  # type: ignore[call-overload]
         for party, own in state["optimizers"].items():  # type: ignore[attr-defined]
             self._add(party)
-            self._own_optimizers[party].load_state_dict(copy.deepcopy(own))
+            self._own_optimizers[party].load_state_dict(copy.deepcopy(own) if copied else own)
 
     def copies_bytes(self) -> int:
         return sum(tensor_bytes(replica.values()) for replica in self._replicas.values())
