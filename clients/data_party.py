@@ -149,7 +149,7 @@ class DataParty:
     def generate(self, message: Message, context: Context) -> Message:
         """Write texts for this party's own prompts; they stay here (`vflair_flower.clients.generation`)."""
         self._set_threads(context)
-        return generate_texts(message, context, self._generation, base_dir=self._base(context))
+        return generate_texts(message, context, self._generation, self._session(message, context))
 
     def _session(self, message: Message, context: Context) -> AbstractContextManager[PartySession]:
         """Open the session that a message invites to."""

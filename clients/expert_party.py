@@ -7,21 +7,24 @@ It trains and serves at the same time, until every party is done.  Its own model
 between rounds; its own model leaves it only where the job averages (`SplitSpec.averaging`).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from vflair_flower.certificate import load_admitted_config
-from vflair_flower.clients.data_party import DataParty
+from vflair_flower.clients.data_party import DataParty, PartyRows
+from vflair_flower.clients.generation import TextGeneration, generate_texts
+from vflair_flower.clients.handover import MODELS, Consent, hand_over
 from vflair_flower.clients.segment import DataSegment
 from vflair_flower.clients.session import PartySession, connect_to
 from vflair_flower.clients.store import PartyStore
-from vflair_flower.control import RoundReport, SessionOffer
+from vflair_flower.control import HAND_OVER, PartRequest, RoundReport, SessionOffer
 from vflair_flower.errors import CheckpointError, ConfigurationError
 from vflair_flower.experts import (
     ExpertCaller,
@@ -98,7 +101,47 @@ class ExpertSession(PartySession):
 
 
 class ExpertParty(DataParty):
-    """The client side of `CollaborativeMoE`; parameters as of `DataParty`."""
+    """The client side of `CollaborativeMoE`.
+
+    Parameters
+    ----------
+    rows, state_dir, base_dir, threads, generation
+        As of `DataParty`.
+    share_experts, share_model : bool
+        Whether this party hands over its experts, and its own model, when `CollaborativeMoE.export` asks; a model that
+        the job averages is the strategy's anyway.
+    """
+
+    def __init__(
+        self,
+        rows: Callable[[Context], PartyRows],
+        *,
+        state_dir: Path | Callable[[Context], Path],
+        base_dir: Path | Callable[[Context], Path | None] | None = None,
+        threads: int | Callable[[Context], int] = 0,
+        generation: TextGeneration | None = None,
+        share_experts: bool = False,
+        share_model: bool = False,
+    ) -> None:
+        super().__init__(rows, state_dir=state_dir, base_dir=base_dir, threads=threads, generation=generation)
+        self._consent = Consent(experts=share_experts, model=share_model)
+
+    def register(self, app: ClientApp, *, train: bool = True, evaluate: bool = True) -> None:
+        """Register with a ClientApp; leave out what your own code does (`expert_session`)."""
+        super().register(app, train=train, evaluate=evaluate)
+        app.query(HAND_OVER)(self.hand_over)
+
+    def hand_over(self, message: Message, context: Context) -> Message:
+        """Hand over a part of the finished model, if this party shares it (`vflair_flower.clients.handover`)."""
+        request = PartRequest.from_content(message.content)
+        source = _source(SplitSpec.from_json(request.spec), context, self._base(context))
+        return hand_over(message, source, self._consent, state_dir=self._state(context) / MODELS)
+
+    def generate(self, message: Message, context: Context) -> Message:
+        """Write texts for this party's own prompts, and host its experts for all; without prompts, only host."""
+        self._set_threads(context)
+        session = self._session(message, context)
+        return generate_texts(message, context, self._generation, session, prompts_needed=False)
 
     def _session(self, message: Message, context: Context) -> AbstractContextManager[ExpertSession]:
         return expert_session(message, context, state_dir=self._state(context), base_dir=self._base(context))
@@ -148,7 +191,7 @@ def expert_session(
     source = _source(spec, context, base_dir)
     model, channel = _own_model(source, spec)
     host, placement = _host(source, spec, offer)
-    store = PartyStore(state_dir / "models", job=offer.job, party=offer.party)
+    store = PartyStore(state_dir / MODELS, job=offer.job, party=offer.party)
     # An evaluation after round r runs on what round r left; training in round r on what the round before left.
     newest = offer.server_round - 1 if offer.training else offer.server_round
     saved = store.load(newest)

@@ -7,14 +7,14 @@ strategy are counts and seconds.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 
 from flwr.app import Context, Message
 
-from vflair_flower.clients.session import split_session
+from vflair_flower.clients.session import PartySession
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.generation import write_texts
+from vflair_flower.generation import Written, write_texts
 from vflair_flower.settings import DecodingSettings
 
 
@@ -36,42 +36,52 @@ class TextGeneration:
 
 
 def generate_texts(
-    message: Message, context: Context, generation: TextGeneration | None, *, base_dir: Path | None = None
+    message: Message,
+    context: Context,
+    generation: TextGeneration | None,
+    session: AbstractContextManager[PartySession],
+    *,
+    prompts_needed: bool = True,
 ) -> Message:
     """Answer a generate message.
 
     Parameters
     ----------
     message : flwr.app.Message
-        Sent by `SplitLearning.generate`.
+        Sent by `SplitLearning.generate` or `CollaborativeMoE.generate`.
     context : flwr.app.Context
         The node's.
     generation : TextGeneration or None
         The party's own.
-    base_dir : pathlib.Path, optional
-        What a relative model folder is relative to.
+    session : context manager
+        Opens the session that the message invites to.
+    prompts_needed : bool
+        Whether a party without prompts has nothing to do in the session.
 
     Raises
     ------
     ConfigurationError
-        If this party has no prompts to give, or none to be had from it.
+        If this party has no prompts to give, or none to be had from it, and `prompts_needed`.
     DataError
         If a prompt does not fit.
     """
-    if generation is None:
+    if generation is None and prompts_needed:
         raise ConfigurationError(
             "this party was asked to generate, but has no prompts; give DataParty(generation=TextGeneration(...))."
         )
     decoding = DecodingSettings.from_json(str(message.content["config"]["decoding"]))
-    prompts = list(generation.prompts(context))
-    with split_session(message, context, base_dir=base_dir) as session:
-        written = write_texts(session.model, session.tokenizer, prompts, decoding, session.spec.generation)
-        report = session.report()
-    generation.on_text(context, prompts, written.texts)
+    prompts = [] if generation is None else list(generation.prompts(context))
+    written = Written(texts=(), prompt_tokens=0, new_tokens=0, seconds=0.0)
+    with session as opened:
+        if prompts or prompts_needed:
+            written = write_texts(opened.model, opened.tokenizer, prompts, decoding, opened.spec.generation)
+        report = opened.report()
+    if generation is not None:
+        generation.on_text(context, prompts, written.texts)
     metrics = {
         "texts": sum(map(len, written.texts)),
         "prompt-tokens": written.prompt_tokens,
         "new-tokens": written.new_tokens,
         "seconds": written.seconds,
     }
-    return session.reply(num_examples=len(prompts), metrics=metrics, report=report)
+    return opened.reply(num_examples=len(prompts), metrics=metrics, report=report)

@@ -45,17 +45,18 @@ class PartyStore:
             if old <= server_round - _KEPT_ROUNDS or old > server_round:
                 self._path(old).unlink(missing_ok=True)
 
-    def load(self, server_round: int) -> dict[str, Any] | None:
+    def load(self, server_round: int, *, mapped: bool = False) -> dict[str, Any] | None:
         """Return the state after round `server_round`, or after the last one before it; None if there is none.
 
-        A party that sat rounds out, or is new, has no file of the last round.
+        A party that sat rounds out, or is new, has no file of the last round.  A mapped file's tensors are read from
+        disk when they are looked at.
         """
         earlier = [r for r in self._rounds() if r <= server_round]
         if not earlier:
             return None
         path = self._path(max(earlier))
         try:
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as error:
             raise CheckpointError(
                 f"the party's own state {path} cannot be read ({error}). Put the file back, or remove it to let this "

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from flwr.app import Message
 from flwr.common.logger import log
+from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from vflair_flower.certificate import load_admitted_config
@@ -27,12 +28,13 @@ from vflair_flower.experts.routing import check_enough_experts, opted_out_expert
 from vflair_flower.partition import resolve_model
 from vflair_flower.remote import BodyMode
 from vflair_flower.spec import SplitSpec
+from vflair_flower.strategies.generation import WritingStrategy
+from vflair_flower.strategies.gathering import Gathering
 from vflair_flower.strategies.hub_settings import HubSettings
-from vflair_flower.strategies.session_strategy import SessionStrategy
 from vflair_flower.strategies.sessions import RoundSession, SessionSettings
 
 
-class CollaborativeMoE(SessionStrategy):
+class CollaborativeMoE(WritingStrategy):
     """Train a mixture-of-experts model whose experts are at many parties, round by round.
 
     Parameters
@@ -104,6 +106,7 @@ class CollaborativeMoE(SessionStrategy):
             checkpoint_dir=checkpoint_dir,
             resume=resume,
         )
+        self._source = source
         self._shape = (layers, experts, parties)
 
     def _invite(self, asked: list[Message], server_round: int, *, training: bool) -> tuple[RoundSession, list[Message]]:
@@ -115,6 +118,47 @@ class CollaborativeMoE(SessionStrategy):
                 f"to {parties}, and see that all parties are on."
             )
         return super()._invite(asked, server_round, training=training)
+
+    def export(self, grid: Grid, folder: Path, *, model_of: str | None = None, timeout: float = 3600) -> None:
+        """Write what was trained as one checkpoint that plain ``from_pretrained`` loads, if every party agrees.
+
+        Parties are asked first, and hand over their parts one layer after the other, so that no more than one layer's
+        experts are in memory here.
+
+        Parameters
+        ----------
+        grid : flwr.serverapp.Grid
+            Flower's.
+        folder : pathlib.Path
+            Must not exist, or be empty.
+        model_of : str, optional
+            The party whose own model is taken; by default, the average of all parties' (one of them where the job
+            averages).
+        timeout : float
+            Seconds, for each part.
+
+        Raises
+        ------
+        ConfigurationError
+            If a party does not share its part, and says so; nothing is written then.
+        PartyLostError
+            If a party does not answer.
+        """
+        watching = self._watch(grid)
+        if not self.cards:
+            self._meet(watching, None)
+        nodes = {self.cards[node].party: node for node in self._data_nodes() or ()}
+        gathering = Gathering(
+            grid=watching,
+            spec=self.spec,
+            config=self.config,
+            job=self._sessions.job,
+            nodes=nodes,
+            server_round=self._newest_round,
+            arrays=self.arrays,
+            timeout_s=timeout,
+        )
+        gathering.write(self._source, folder, model_of=model_of)
 
     def summary(self) -> None:
         """Log the strategy's settings."""

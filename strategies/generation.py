@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
 
+from vflair_flower.control import GENERATE
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.session import Ledger
 from vflair_flower.settings import DecodingSettings
 from vflair_flower.spec import SplitSpec
+from vflair_flower.strategies.session_strategy import SessionStrategy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,3 +78,47 @@ def counts_of(replies: list[Message], parties: Mapping[int, str], ledger: Ledger
             )
         )
     return sorted(counts, key=lambda one: one.party)
+
+
+class WritingStrategy(SessionStrategy):
+    """A strategy whose parties also write texts, each for its own prompts."""
+
+    def generate(
+        self, grid: Grid, decoding: DecodingSettings | None = None, *, timeout: float = 3600
+    ) -> list[GenerationCounts]:
+        """Have every data party write texts for its own prompts with the newest arrays; prompts and texts stay there.
+
+        Parameters
+        ----------
+        grid : flwr.serverapp.Grid
+            Flower's.
+        decoding : DecodingSettings, optional
+            How; greedy by default.
+        timeout : float
+            Seconds.
+
+        Returns
+        -------
+        list[GenerationCounts]
+            By party; parties that were lost are missing, unless `on_party_lost` is ``"stop"``.
+
+        Raises
+        ------
+        ConfigurationError
+            If the job writes no texts, or not so many or so long ones.
+        PartyLostError
+            As in `start`.
+        """
+        decoding = decoding or DecodingSettings()
+        check_generation(self.spec, decoding)
+        self._hub.start()
+        watching = self._watch(grid)
+        if not self.cards:
+            self._meet(watching, None)
+        content = RecordDict({"arrays": self.arrays, "config": ConfigRecord({"decoding": decoding.to_json()})})
+        asked = [
+            Message(content, dst_node_id=node, message_type=f"query.{GENERATE}") for node in self._data_nodes() or ()
+        ]
+        opened, messages = self._invite(asked, self._newest_round, training=False)
+        outcome = self._close(watching.send_and_receive(messages, timeout=timeout))
+        return counts_of(outcome.replies, opened.nodes, opened.session.ledger)

@@ -10,30 +10,26 @@ session, held here or by a node of its own.  Not here: anybody's rows, and in He
 from logging import INFO
 from pathlib import Path
 
-from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.common.logger import log
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vflair_flower.certificate import load_admitted_config
-from vflair_flower.control import GENERATE
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import load_segment, refuse_trained_copies, resolve_model, save_merged_adapter
 from vflair_flower.partition.footprint import footprint
 from vflair_flower.partition.merging import SPEC_FILE, TRAINED_FILE
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import BodyMode, SegmentServer, agreement_for
-from vflair_flower.settings import DecodingSettings, one_of
+from vflair_flower.settings import one_of
 from vflair_flower.spec import SplitSpec
-from vflair_flower.strategies.generation import GenerationCounts, check_generation, counts_of
+from vflair_flower.strategies.generation import WritingStrategy
 from vflair_flower.strategies.hub_settings import HubSettings
-from vflair_flower.strategies.session_strategy import SessionStrategy
 from vflair_flower.strategies.sessions import SessionSettings
 
 
-class SplitLearning(SessionStrategy):
+class SplitLearning(WritingStrategy):
     """Train one model in segments.
 
     Parameters
@@ -132,46 +128,6 @@ class SplitLearning(SessionStrategy):
         log(INFO, "\t├──> Hub: %s, deadline %g s", self._hub.address, self._sessions.deadline_s)
         log(INFO, "\t└──> Aggregator: %s", type(self.aggregator).__name__)
         self.aggregator.summary()
-
-    def generate(
-        self, grid: Grid, decoding: DecodingSettings | None = None, *, timeout: float = 3600
-    ) -> list[GenerationCounts]:
-        """Have every data party write texts for its own prompts with the newest arrays; prompts and texts stay there.
-
-        Parameters
-        ----------
-        grid : flwr.serverapp.Grid
-            Flower's.
-        decoding : DecodingSettings, optional
-            How; greedy by default.
-        timeout : float
-            Seconds.
-
-        Returns
-        -------
-        list[GenerationCounts]
-            By party; parties that were lost are missing, unless `on_party_lost` is ``"stop"``.
-
-        Raises
-        ------
-        ConfigurationError
-            If the job writes no texts, or not so many or so long ones.
-        PartyLostError
-            As in `start`.
-        """
-        decoding = decoding or DecodingSettings()
-        check_generation(self.spec, decoding)
-        self._hub.start()
-        watching = self._watch(grid)
-        if not self.cards:
-            self._meet(watching, None)
-        content = RecordDict({"arrays": self.arrays, "config": ConfigRecord({"decoding": decoding.to_json()})})
-        asked = [
-            Message(content, dst_node_id=node, message_type=f"query.{GENERATE}") for node in self._data_nodes() or ()
-        ]
-        opened, messages = self._invite(asked, self._newest_round, training=False)
-        outcome = self._close(watching.send_and_receive(messages, timeout=timeout))
-        return counts_of(outcome.replies, opened.nodes, opened.session.ledger)
 
     def body_state(self) -> dict[str, Tensor] | None:
         """Return the body's trained state by global name; None if a node holds it and does not share it."""

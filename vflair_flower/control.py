@@ -23,6 +23,9 @@ SERVE = "vflair_model_party"
 GENERATE = "vflair_generate"
 """Name of the query that asks data parties to write texts: message type ``query.vflair_generate``."""
 
+HAND_OVER = "vflair_hand_over"
+"""Name of the query that asks parties for their parts of a finished model: message type ``query.vflair_hand_over``."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
@@ -92,6 +95,34 @@ class SessionOffer(_Record):
     body_mode: str
     root_certificates: str
     allow_plaintext: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartRequest(_Record):
+    """The strategy's wish for a part of a finished model, or for a party's word that it would hand it over.
+
+    Parameters
+    ----------
+    spec, job, party, parties
+        As in `SessionOffer`.
+    server_round : int
+        Of the newest training.
+    part : str
+        ``"experts"`` or ``"backbone"``.
+    layer : int
+        Of the experts: place among the layers with experts.
+    only_ask : bool
+        Whether nothing is to be handed over yet.
+    """
+
+    spec: str
+    job: str
+    party: str
+    parties: list[str]
+    server_round: int
+    part: str
+    layer: int
+    only_ask: bool
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
+from tests.writers import save_writer
 from vflair_flower.certificate import TINY
 from vflair_flower.experts import (
     ExpertCaller,
@@ -185,3 +186,30 @@ def make_house(checkpoints: Callable[[str], ModelSource]) -> Callable[..., House
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+def save_writing_moe(folder: Path) -> Path:
+    """Write a tiny random Mixtral that writes, with the tokenizer of `tests.writers`."""
+    save_writer(folder)
+    torch.manual_seed(7)
+    config = MixtralConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+    )
+    model = MixtralForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1 and "embed" not in name:
+                parameter.mul_(4.0)
+    model.save_pretrained(folder)
+    return folder

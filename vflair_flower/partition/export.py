@@ -103,11 +103,7 @@ def export_segment(
     ModelError
         If the checkpoint cannot be read, is a segment itself, or the folder is not empty.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ModelError(
-            f"the folder to write is {str(folder)!r}, and there is something in it already; nothing is overwritten. "
-            "Name a folder that does not exist, or empty it."
-        )
+    refuse_to_overwrite(folder)
     if shard_bytes < 1:
         raise ModelError(f"shard_bytes is {shard_bytes}; it is the size of a file. Choose 1 or more.")
     config = read_config(source)
@@ -132,11 +128,9 @@ def export_segment(
         segment=segment,
         tasks=kinds,
     )
-    with _written_at_once(folder) as draft:
-        total = _write_tensors(draft, files, shard_bytes)
-        for name in (*_SETTINGS, *(_TOKENIZER if side is Side.DATA_PARTY else ())):
-            if (whole / name).is_file():
-                shutil.copyfile(whole / name, draft / name)
+    with written_at_once(folder) as draft:
+        total = write_tensors(draft, _tensors(files), shard_bytes)
+        _copy(whole, (*_SETTINGS, *(_TOKENIZER if side is Side.DATA_PARTY else ())), draft)
         manifest.write(draft)
         written = tuple(sorted(file.name for file in draft.iterdir()))
     return ExportedSegment(folder=folder, manifest=manifest, tensors=len(own), tensor_bytes=total, files=written)
@@ -201,8 +195,28 @@ def _tasks(config: PreTrainedConfig, asked: Collection[TaskKind]) -> tuple[TaskK
     return tuple(asked) or known
 
 
-def _write_tensors(folder: Path, files: dict[str, Path], shard_bytes: int) -> int:
-    """Copy tensors, shard by shard, and return how many bytes they have."""
+def refuse_to_overwrite(folder: Path) -> None:
+    """Raise ModelError if there is something in a folder that is to be written."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(
+            f"the folder to write is {str(folder)!r}, and there is something in it already; nothing is overwritten. "
+            "Name a folder that does not exist, or empty it."
+        )
+
+
+def copy_text_files(source: ModelSource, folder: Path) -> None:
+    """Copy what a model's texts are read and written with, as far as its checkpoint has it."""
+    _copy(_settings_folder(source), ("generation_config.json", *_TOKENIZER), folder)
+
+
+def _copy(whole: Path, names: Iterable[str], folder: Path) -> None:
+    for name in names:
+        if (whole / name).is_file():
+            shutil.copyfile(whole / name, folder / name)
+
+
+def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> int:
+    """Write tensors by their names in the checkpoint, shard by shard, and return how many bytes they have."""
     weight_map: dict[str, int] = {}
     pending: dict[str, Tensor] = {}
     size = total = shards = 0
@@ -215,7 +229,7 @@ def _write_tensors(folder: Path, files: dict[str, Path], shard_bytes: int) -> in
         pending.clear()
         size = 0
 
-    for name, tensor in _tensors(files):
+    for name, tensor in tensors:
         if pending and size + tensor.nbytes > shard_bytes:
             flush()
         pending[name] = tensor
@@ -272,7 +286,7 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _written_at_once(folder: Path) -> Iterator[Path]:
+def written_at_once(folder: Path) -> Iterator[Path]:
     """Give a folder to write into that takes the real one's place when all is written, and is gone if that fails."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     draft = folder.parent / f".{folder.name}-{uuid.uuid4().hex[:8]}"

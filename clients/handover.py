@@ -1,0 +1,119 @@
+"""A party's answer when it is asked for its part of a finished model: its experts of one layer, or its own model.
+
+A party hands over what it was told to share, and nothing else.  What goes back is what the party would train on with.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from torch import Tensor
+
+from vflair_flower.clients.store import PartyStore
+from vflair_flower.control import PartRequest
+from vflair_flower.errors import ConfigurationError
+from vflair_flower.experts import expert_layer_names, load_backbone, load_experts, num_experts, place_experts
+from vflair_flower.partition import ModelSource, load_trained_state
+from vflair_flower.partition.sources import load_config
+from vflair_flower.spec import SplitSpec
+
+MODELS = "models"
+"""Folder, in a party's own, of its own model and its experts."""
+PARTS = ("experts", "backbone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Consent:
+    """What a party hands over when it is asked."""
+
+    experts: bool = False
+    model: bool = False
+
+
+def hand_over(message: Message, source: ModelSource, consent: Consent, *, state_dir: Path) -> Message:
+    """Answer a wish for a part.
+
+    Parameters
+    ----------
+    message : flwr.app.Message
+        Sent by `CollaborativeMoE.export`; where the job averages, with the averaged arrays.
+    source : ModelSource
+        This party's copy of the model.
+    consent : Consent
+        What it shares.
+    state_dir : pathlib.Path
+        Where it keeps models.
+
+    Raises
+    ------
+    ConfigurationError
+        If this party does not share that part, or the message is not ours.
+    """
+    request = PartRequest.from_content(message.content)
+    spec = SplitSpec.from_json(request.spec)
+    _refuse(request, spec, consent)
+    if request.only_ask:
+        return Message(RecordDict(), reply_to=message)
+    store = PartyStore(state_dir, job=request.job, party=request.party)
+    saved = store.load(request.server_round, mapped=True)
+    if request.part == "experts":
+        state = _experts(request, spec, source, saved)
+    else:
+        arrays = next(iter(message.content.array_records.values()), None)
+        given = arrays.to_torch_state_dict() if arrays else None if saved is None else saved["own"]
+        loaded, _ = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
+        if given:
+            load_trained_state(loaded.model, given)
+        state = loaded.model.state_dict()
+    return Message(to_records(state), reply_to=message)
+
+
+def _refuse(request: PartRequest, spec: SplitSpec, consent: Consent) -> None:
+    if request.part not in PARTS or spec.experts is None:
+        raise ConfigurationError(f"the message asks for {request.part!r}, and there are {' and '.join(PARTS)}.")
+    if request.part == "experts" and not consent.experts:
+        raise ConfigurationError(
+            f"party '{request.party}' does not share its experts, so the whole model cannot be written. If it is to, "
+            "construct it with ExpertParty(share_experts=True)."
+        )
+    if request.part == "backbone" and spec.averaging == "none" and not consent.model:
+        raise ConfigurationError(
+            f"party '{request.party}' does not share its own model, which the job keeps private. Name another party in "
+            "export(model_of=...), or construct this one with ExpertParty(share_model=True)."
+        )
+
+
+def _experts(
+    request: PartRequest, spec: SplitSpec, source: ModelSource, saved: dict[str, dict[str, dict[str, Tensor]]] | None
+) -> dict[str, Tensor]:
+    """Return this party's experts of one layer by the names of the whole model's parameters."""
+    assert spec.experts is not None
+    config = load_config(source, spec.task)
+    names = expert_layer_names(config, spec.task)
+    if not 0 <= request.layer < len(names):
+        raise ConfigurationError(f"the message asks for layer {request.layer}, and {len(names)} have experts.")
+    name = names[request.layer]
+    if saved is not None:
+        trained = saved["host"]["trained"]
+        return {n: tensor for n, tensor in trained.items() if n.startswith(f"{name}.")}
+    placement = place_experts(spec.experts, request.parties, layers=len(names), experts=num_experts(config))
+    own = placement.experts_of(request.party)[request.layer]
+    wanted = {each: own if each == name else () for each in names}
+    return dict(load_experts(source, wanted, spec.task, weights=spec.weights).state_dict())
+
+
+def to_records(state: dict[str, Tensor]) -> RecordDict:
+    """Return tensors for a Flower message, which does not know bfloat16: such become float32, and are named."""
+    found = {name: tensor.detach().cpu() for name, tensor in state.items()}
+    halved = [name for name, tensor in found.items() if tensor.dtype is torch.bfloat16]
+    arrays = ArrayRecord({name: t.float() if name in halved else t.contiguous() for name, t in found.items()})
+    return RecordDict({"arrays": arrays, "config": ConfigRecord({"bfloat16": json.dumps(halved)})})
+
+
+def from_records(content: RecordDict) -> dict[str, Tensor]:
+    """Return the tensors that `to_records` was given."""
+    halved = set(json.loads(str(content["config"]["bfloat16"])))
+    state = content.array_records["arrays"].to_torch_state_dict()
+    return {name: t.bfloat16() if name in halved else t for name, t in state.items()}
