@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.writers import save_writer
 from vflair_flower.certificate import TINY
@@ -188,25 +188,14 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def save_writing_moe(folder: Path) -> Path:
-    """Write a tiny random Mixtral that writes, with the tokenizer of `tests.writers`."""
+def save_writing_moe(folder: Path, family: str = "mixtral") -> Path:
+    """Write a tiny random model that writes, with the tokenizer of `tests.writers`."""
     save_writer(folder)
     torch.manual_seed(7)
-    config = MixtralConfig(
-        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=8,
-        num_experts_per_tok=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-    )
-    model = MixtralForCausalLM(config)
+    config = TINY[family]()
+    config.vocab_size = len(AutoTokenizer.from_pretrained(folder))
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = 0, 2, 3
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1 and "embed" not in name:

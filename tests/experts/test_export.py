@@ -104,9 +104,9 @@ def writing_moe(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_writing_moe(tmp_path_factory.mktemp("moe")))
 
 
-def job(spec: SplitSpec) -> CollaborativeMoE:
+def job(spec: SplitSpec, hub: HubSettings | None = None) -> CollaborativeMoE:
     aggregator = FedAvg(min_train_nodes=PARTIES, min_evaluate_nodes=PARTIES, min_available_nodes=PARTIES)
-    hub = HubSettings(bind="inproc")
+    hub = hub or HubSettings(bind="inproc")
     return CollaborativeMoE(spec=spec, aggregator=aggregator, hub=hub, deadline_s=20.0, parties=PARTIES)
 
 
