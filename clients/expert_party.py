@@ -40,18 +40,21 @@ from vflair_flower.experts import (
     tune_experts,
 )
 from vflair_flower.experts.balance import BALANCER, balances_jointly, exchange_over, load_balance
+from vflair_flower.experts.body import BodyLink, StepsOfBoth
+from vflair_flower.experts.loading import own_segment
 from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.memory import MemoryParts
 from vflair_flower.partition import (
-    Channel,
+    LoadedSegment,
     ModelSource,
     load_trained_state,
     make_trainable,
     resolve_model,
     trained_state,
 )
-from vflair_flower.remote import parameter_counts
+from vflair_flower.remote import RemoteSegment, parameter_counts
 from vflair_flower.remote.protocol import FINISH
+from vflair_flower.remote.segment import StepCalls
 from vflair_flower.session import Link
 from vflair_flower.spec import SplitSpec
 
@@ -70,10 +73,18 @@ class ExpertSession(PartySession):
         Hosts that did not answer well, and what was seen.
     """
 
-    def __init__(self, message: Message, own: DataSegment, link: Link, caller: ExpertCaller, host: ExpertHost) -> None:
-        super().__init__(message, own, link, caller)
+    def __init__(
+        self,
+        message: Message,
+        own: DataSegment,
+        link: Link,
+        calls: StepCalls,
+        host: ExpertHost,
+        lost_hosts: dict[str, str],
+    ) -> None:
+        super().__init__(message, own, link, calls)
         self.host = host
-        self.lost_hosts = caller.lost
+        self.lost_hosts = lost_hosts
 
     def report(self) -> RoundReport:
         """Return what was measured so far, experts included."""
@@ -150,7 +161,7 @@ class ExpertParty(DataParty):
         source = _source(spec, context, self._base(context))
         if spec.averaging == "none":
             return {}
-        return trained_state(_own_model(source, spec)[0])
+        return trained_state(_own_model(source, spec)[1])
 
 
 @contextmanager
@@ -189,7 +200,7 @@ def expert_session(
     offer = SessionOffer.from_content(message.content)
     spec = SplitSpec.from_json(offer.spec)
     source = _source(spec, context, base_dir)
-    model, channel = _own_model(source, spec)
+    loaded, model, channel = _own_model(source, spec)
     host, placement = _host(source, spec, offer)
     store = PartyStore(state_dir / MODELS, job=offer.job, party=offer.party)
     # An evaluation after round r runs on what round r left; training in round r on what the round before left.
@@ -209,17 +220,20 @@ def expert_session(
         load_trained_state(model, arrays.to_torch_state_dict())
     model.train(offer.training)
     host.begin(offer.parties, training=offer.training)
-    own = DataSegment(spec=spec, source=source, model=model, channel=Channel())
+    own = DataSegment(spec=spec, source=source, model=model, channel=loaded.channel)
     with connect_to(offer) as link:
         link.on_lost(lambda party, _reason: host.leave(party, lost=True))
         link.serve(host)
         caller = ExpertCaller(link, host, placement, spec)
+        body = RemoteSegment(BodyLink(link), spec)
         try:
             assert spec.experts is not None
             routing = route_locally(model, spec.experts, placement, offer.party)
             exchange = exchange_over(link) if offer.training and balances_jointly(spec) else None
-            with channel.joined(caller), routing, load_balance(model, spec, exchange):
-                session = ExpertSession(message, own, link, caller, host)
+            joined = channel.joined(caller), loaded.channel.joined(body)
+            with joined[0], joined[1], routing, load_balance(model, spec, exchange):
+                calls: StepCalls = caller if loaded.segment.is_whole else StepsOfBoth(caller, body)
+                session = ExpertSession(message, own, link, calls, host, caller.lost)
                 yield session
                 session.finish()
             host.wait_for_owners(_WAIT_FOR_OTHERS * offer.deadline_s)
@@ -230,13 +244,16 @@ def expert_session(
         store.save(offer.server_round, dict(kept))
 
 
-def _own_model(source: ModelSource, spec: SplitSpec) -> tuple[nn.Module, ExpertChannel]:
-    """Load this party's own model, without experts, ready for training."""
-    loaded, channel = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
+def _own_model(source: ModelSource, spec: SplitSpec) -> tuple[LoadedSegment, nn.Module, ExpertChannel]:
+    """Load what this party has of the model without experts; the second is ready for training."""
+    if spec.experts is None:
+        raise ConfigurationError("the message is of a job without experts; register a DataParty for it.")
+    segment = own_segment(load_admitted_config(source, spec.task), spec)
+    loaded, channel = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed, segment=segment)
     model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
     if spec.training.gradient_checkpointing:
         checkpoint_owner(loaded, channel)
-    return model, channel
+    return loaded, model, channel
 
 
 def _host(source: ModelSource, spec: SplitSpec, offer: SessionOffer) -> tuple[ExpertHost, Placement]:

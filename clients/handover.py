@@ -15,6 +15,7 @@ from vflair_flower.clients.store import PartyStore
 from vflair_flower.control import PartRequest
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.experts import expert_layer_names, load_backbone, load_experts, num_experts, place_experts
+from vflair_flower.experts.loading import own_segment
 from vflair_flower.partition import ModelSource, load_trained_state
 from vflair_flower.partition.sources import load_config
 from vflair_flower.spec import SplitSpec
@@ -63,7 +64,8 @@ def hand_over(message: Message, source: ModelSource, consent: Consent, *, state_
     else:
         arrays = next(iter(message.content.array_records.values()), None)
         given = arrays.to_torch_state_dict() if arrays else None if saved is None else saved["own"]
-        loaded, _ = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
+        own = own_segment(load_config(source, spec.task), spec)
+        loaded, _ = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed, segment=own)
         if given:
             load_trained_state(loaded.model, given)
         state = loaded.model.state_dict()

@@ -20,13 +20,15 @@ from flwr.serverapp.strategy import Strategy
 
 from vflair_flower.certificate import load_admitted_config
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.experts import expert_agreement, expert_layer_names, num_experts, place_experts
+from vflair_flower.experts import expert_agreement, expert_layer_names, load_backbone, num_experts, place_experts
 from vflair_flower.experts.adapters import refuse_expert_tuning
 from vflair_flower.experts.balance import refuse_balance
+from vflair_flower.experts.body import BodyChannel, SpreadBody, joint_agreement
 from vflair_flower.experts.loading import backbone_parameters
 from vflair_flower.experts.routing import check_enough_experts, opted_out_experts
-from vflair_flower.partition import resolve_model
-from vflair_flower.remote import BodyMode
+from vflair_flower.partition import refuse_trained_copies, resolve_model
+from vflair_flower.partition.structure import num_blocks
+from vflair_flower.remote import BodyMode, agreement_for
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies.generation import WritingStrategy
 from vflair_flower.strategies.gathering import Gathering
@@ -88,10 +90,20 @@ class CollaborativeMoE(WritingStrategy):
         placement = place_experts(spec.experts, names, layers=layers, experts=experts)
         check_enough_experts(config, opted_out_experts(placement))
         trained = backbone_parameters(config, spec)
+        agreement = expert_agreement(spec, config, trained_parameters=trained)
+        body = None
+        if spec.experts.backbone == "split":
+            refuse_trained_copies(config, spec.plan, spec.task, spec.tuning)
+            agreement = joint_agreement(agreement, agreement_for(spec, config, trained_parameters=trained))
+            segment, channel = spec.plan.model_party(num_blocks(config)), BodyChannel()
+            loaded, _ = load_backbone(
+                source, spec.task, weights=spec.weights, seed=spec.seed, segment=segment, channel=channel
+            )
+            body = SpreadBody(loaded, channel, (layers, experts), spec, deadline_s=deadline_s)
         super().__init__(
             sessions=SessionSettings(
                 spec=spec,
-                agreement=expert_agreement(spec, config, trained_parameters=trained),
+                agreement=agreement,
                 hub=hub or HubSettings(),
                 body_mode=BodyMode.SYNCHRONOUS,
                 job=job,
@@ -102,6 +114,7 @@ class CollaborativeMoE(WritingStrategy):
             ),
             aggregator=aggregator,
             config=config,
+            body=body,
             hello_deadline_s=hello_deadline_s,
             checkpoint_dir=checkpoint_dir,
             resume=resume,
@@ -154,6 +167,7 @@ class CollaborativeMoE(WritingStrategy):
             config=self.config,
             job=self._sessions.job,
             nodes=nodes,
+            body={} if self._body is None else self._body.module.state_dict(),
             server_round=self._newest_round,
             arrays=self.arrays,
             timeout_s=timeout,

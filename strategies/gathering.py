@@ -35,6 +35,8 @@ class Gathering:
         The job's.
     nodes : mapping of str to int
         Each party's node.
+    body : mapping of str to torch.Tensor
+        What the strategy itself has of the model: the body where the parties' own models are split, else nothing.
     server_round : int
         Of the newest training.
     arrays : flwr.app.ArrayRecord
@@ -48,6 +50,7 @@ class Gathering:
     config: PreTrainedConfig
     job: str
     nodes: Mapping[str, int]
+    body: Mapping[str, Tensor]
     server_round: int
     arrays: ArrayRecord
     timeout_s: float
@@ -66,7 +69,7 @@ class Gathering:
             return {hosts[host]: state for host, state in found.items()}
 
         write_checkpoint(
-            folder, source, self.config, self.spec.task, backbone=lambda: self._average(owners), experts=experts
+            folder, source, self.config, self.spec.task, backbone=lambda: {**self._average(owners), **self.body}, experts=experts
         )
 
     def _owners(self, model_of: str | None) -> list[str]:

@@ -121,6 +121,8 @@ class RoundSession:
             join_deadline_s=self.settings.join_deadline_s,
             on_lost=self._on_lost,
         )
+        if self.body is not None:
+            self.body.opened(self.session, self.parties)
 
     def offer(self, node: int) -> SessionOffer:
         """Return a node's invitation."""

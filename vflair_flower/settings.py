@@ -175,6 +175,9 @@ class ExpertSettings:
 
     Parameters
     ----------
+    backbone : str
+        Who has the model without experts: each ``"party"`` all of it, or it is ``"split"`` as the job's `plan` says, and
+        the model party's layers call the hosts as well.
     placement : str
         ``"round-robin"``, ``"capacity"`` or ``"table"`` (`vflair_flower.experts.placement`).
     capacities : tuple[float, ...]
@@ -212,6 +215,7 @@ class ExpertSettings:
         (`vflair_flower.experts.balance`); 0 for none, which is what OLMoE (arXiv 2409.02060) found best in fine-tuning.
     """
 
+    backbone: str = "party"
     placement: str = "round-robin"
     capacities: tuple[float, ...] = ()
     table: tuple[tuple[int, ...], ...] = ()
@@ -227,6 +231,13 @@ class ExpertSettings:
     balance_coefficient: float = 0.0
 
     def __post_init__(self) -> None:
+        one_of("backbone", self.backbone, ("party", "split"))
+        if self.backbone == "split" and (self.schedule != "concurrent" or self.replicas > 1):
+            raise ConfigurationError(
+                f"backbone is 'split', the schedule {self.schedule!r} and replicas {self.replicas}; a body that all "
+                "parties train at once needs 'concurrent', and copies of experts could part where it calls them. Set "
+                "replicas to 1."
+            )
         one_of("placement", self.placement, ("round-robin", "capacity", "table"))
         one_of("schedule", self.schedule, ("concurrent", "round-robin"))
         one_of("combine", self.combine, ("owner", "host"))

@@ -16,7 +16,7 @@ from vflair_flower.experts.dispatch import Answer, Portion
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.protocol import INDEX_DTYPE, Codec
 from vflair_flower.remote.protocol import BACKWARD, FINISH, FORWARD, STEP
-from vflair_flower.session import Handler, Link, Reply, Request
+from vflair_flower.session import Caller, Handler, Reply, Request
 from vflair_flower.spec import SplitSpec
 
 
@@ -25,7 +25,7 @@ class ExpertCaller:
 
     Parameters
     ----------
-    link : Link
+    link : Caller
         An open link; every call has its deadline.
     own : Handler
         This party's own host of experts, called without the link.
@@ -35,7 +35,7 @@ class ExpertCaller:
         The job.
     """
 
-    def __init__(self, link: Link, own: Handler, placement: Placement, spec: SplitSpec) -> None:
+    def __init__(self, link: Caller, own: Handler, placement: Placement, spec: SplitSpec) -> None:
         assert spec.experts is not None
         self.combine = spec.experts.combine
         self.rows_since_step = 0

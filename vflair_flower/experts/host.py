@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vflair_flower.errors import DeadlineError, PartyLostError, SessionError
 from vflair_flower.experts.adapters import ExpertLora
+from vflair_flower.experts.behalf import on_behalf
 from vflair_flower.experts.modules import expert_modules, run_experts
 from vflair_flower.experts.protocol import Codec
 from vflair_flower.memory import MemoryParts, count_kept, tensor_bytes
@@ -123,6 +124,8 @@ class ExpertHost:
 
     def __call__(self, request: Request) -> Reply:
         """Answer one call (`vflair_flower.experts.protocol`)."""
+        assert self.spec.experts is not None
+        request = on_behalf(request, self.spec.experts)
         with self._changed:
             if request.source not in self._open:
                 raise PartyLostError(request.source, "it has left this session, or was never in it")

@@ -1,7 +1,7 @@
 """Load a party's two parts of a mixture-of-experts model: the model without experts, and its own experts alone."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,37 +26,54 @@ _LAYER, _EXPERT = re.compile(r"\.layers\.(\d+)\."), re.compile(r"\.experts\.(\d+
 
 
 def load_backbone(
-    source: ModelSource, task: TaskSettings, *, weights: WeightSettings | None = None, seed: int = 0
+    source: ModelSource,
+    task: TaskSettings,
+    *,
+    weights: WeightSettings | None = None,
+    seed: int = 0,
+    segment: Segment | None = None,
+    channel: ExpertChannel | None = None,
 ) -> tuple[LoadedSegment, ExpertChannel]:
-    """Load all of a model but its experts, and the channel that its layers call theirs through.
+    """Load all of a model, or of a segment, but its experts, and the channel that its layers call theirs through.
 
     Raises
     ------
     ModelError
         If the checkpoint cannot be read, or its model has no experts.
     """
-    channel = ExpertChannel()
+    channel = channel or ExpertChannel()
+    config = load_config(source, task)
+    layers = expert_layer_names(config, task)
 
     def edit(model: PreTrainedModel) -> None:
-        _spread(model, channel)
+        _spread(model, channel, layers)
 
-    whole = Segment.whole(num_blocks(load_config(source, task)))
-    return load_segment(source, whole, task, weights=weights, seed=seed, edit=edit), channel
+    own = segment or Segment.whole(num_blocks(config))
+    return load_segment(source, own, task, weights=weights, seed=seed, edit=edit), channel
 
 
-def _spread(model: PreTrainedModel, channel: ExpertChannel) -> None:
-    for layer, name in enumerate(expert_layers(model)):
+def own_segment(config: PreTrainedConfig, spec: SplitSpec) -> Segment:
+    """Return what a data party has of the model without experts."""
+    assert spec.experts is not None
+    blocks = num_blocks(config)
+    return spec.plan.data_party(blocks) if spec.experts.backbone == "split" else Segment.whole(blocks)
+
+
+def _spread(model: PreTrainedModel, channel: ExpertChannel, layers: Sequence[str]) -> None:
+    """Let what a model has of the layers with experts, named in order, call theirs."""
+    for name in expert_modules(model):
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, RemoteExperts(channel, layer))
+        setattr(model.get_submodule(parent), leaf, RemoteExperts(channel, layers.index(name)))
 
 
 def backbone_parameters(config: PreTrainedConfig, spec: SplitSpec) -> int:
-    """Return how many parameters of its own model a party trains, experts left out; built on the meta device."""
-    segment = Segment.whole(num_blocks(config))
+    """Return how many parameters a party trains of what it has, experts left out; built on the meta device."""
+    segment = own_segment(config, spec)
     with torch.device("meta"):
         model = task_class(config, spec.task)(config)
-        _spread(model, ExpertChannel())
+        layers = expert_layers(model)
         loaded = LoadedSegment(model, segment, cut(model, segment), ())
+        _spread(model, ExpertChannel(), layers)
         tuned = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
     return sum(p.numel() for p in {id(p): p for p in tuned.parameters() if p.requires_grad}.values())
 

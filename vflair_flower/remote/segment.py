@@ -20,7 +20,7 @@ from vflair_flower.partition import SplitCache
 from vflair_flower.partition.holes import EncoderStates
 from vflair_flower.partition.structure import Part
 from vflair_flower.remote import protocol
-from vflair_flower.session import Link
+from vflair_flower.session import Caller
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
 
 
@@ -47,7 +47,7 @@ class RemoteSegment:
 
     Parameters
     ----------
-    link : Link
+    link : Caller
         An open link; every call has its deadline.
     spec : SplitSpec
         The job; gives the wire's dtype.
@@ -55,7 +55,7 @@ class RemoteSegment:
         The party that holds the segment.
     """
 
-    def __init__(self, link: Link, spec: SplitSpec, target: str = protocol.MODEL_PARTY) -> None:
+    def __init__(self, link: Caller, spec: SplitSpec, target: str = protocol.MODEL_PARTY) -> None:
         self._link = link
         self._target = target
         self._wire = WIRE_DTYPES[spec.wire_dtype]

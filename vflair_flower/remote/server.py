@@ -32,7 +32,7 @@ from vflair_flower.remote import protocol
 from vflair_flower.remote.caches import PartyCaches
 from vflair_flower.remote.refusals import not_open, not_training
 from vflair_flower.remote.updates import UPDATES, BodyMode, NormRequest, StepRequest
-from vflair_flower.session import Reply, Request
+from vflair_flower.session import HubSession, Reply, Request
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
 
 
@@ -105,6 +105,9 @@ class SegmentServer:
         self._training = training
         if training:
             self._update.begin(parties, self._deadline_s)
+
+    def opened(self, session: HubSession, parties: Sequence[str]) -> None:
+        """Know the session that serves it at the hub, before anybody calls; most bodies call nobody."""
 
     def end(self) -> None:
         """Stop serving; takes out whoever has not finished and, where copies were trained, averages them."""

@@ -6,7 +6,7 @@ allocated for it, and no call waits beyond its deadline.
 """
 
 from vflair_flower.session.agreement import Agreement, OperationSpec, TensorSpec
-from vflair_flower.session.calls import Handler, Reply, Request
+from vflair_flower.session.calls import Caller, Handler, Reply, Request
 from vflair_flower.session.grpc_plane import TlsServerFiles
 from vflair_flower.session.hub import Hub
 from vflair_flower.session.hub_session import HubSession
@@ -15,6 +15,7 @@ from vflair_flower.session.link import Link, connect
 
 __all__ = [
     "Agreement",
+    "Caller",
     "Handler",
     "Hub",
     "HubSession",

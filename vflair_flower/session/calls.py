@@ -81,6 +81,24 @@ class Handler(Protocol):
         ...
 
 
+class Caller(Protocol):
+    """Make calls as one party: its `Link`, or what stands for it."""
+
+    party: str
+
+    def call(
+        self,
+        target: str,
+        operation: str,
+        tensors: Mapping[str, torch.Tensor],
+        meta: Meta | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Reply:
+        """Make a call and wait for its reply; see `Link.call`."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class PendingCall:
     """A call that waits for its answer."""
