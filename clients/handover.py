@@ -59,8 +59,11 @@ def hand_over(message: Message, source: ModelSource, consent: Consent, *, state_
         return Message(RecordDict(), reply_to=message)
     store = PartyStore(state_dir, job=request.job, party=request.party)
     saved = store.load(request.server_round, mapped=True)
+    behind = request.server_round > 0 and not store.has(request.server_round)
     if request.part == "experts":
-        state = _experts(request, spec, source, saved)
+        # Where others have copies that have gone on without this party, those count.
+        copied = spec.experts is not None and spec.experts.replicas > 1
+        state = {} if behind and copied else _experts(request, spec, source, saved)
     else:
         arrays = next(iter(message.content.array_records.values()), None)
         given = arrays.to_torch_state_dict() if arrays else None if saved is None else saved["own"]

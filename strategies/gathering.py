@@ -66,7 +66,7 @@ class Gathering:
         def experts(layer: int) -> Pieces:
             hosts = {host: placement.experts_of(host)[layer] for host in placement.hosts}
             found = self._ask("experts", [host for host, own in hosts.items() if own], layer=layer)
-            return {hosts[host]: state for host, state in found.items()}
+            return {hosts[host]: state for host, state in found.items() if state}
 
         write_checkpoint(
             folder, source, self.config, self.spec.task, backbone=lambda: {**self._average(owners), **self.body}, experts=experts

@@ -232,11 +232,12 @@ class ExpertSettings:
 
     def __post_init__(self) -> None:
         one_of("backbone", self.backbone, ("party", "split"))
-        if self.backbone == "split" and (self.schedule != "concurrent" or self.replicas > 1):
+        if self.backbone == "split" and (self.schedule != "concurrent" or self.replicas > 1 or self.local_tolerance):
             raise ConfigurationError(
-                f"backbone is 'split', the schedule {self.schedule!r} and replicas {self.replicas}; a body that all "
-                "parties train at once needs 'concurrent', and copies of experts could part where it calls them. Set "
-                "replicas to 1."
+                f"backbone is 'split', the schedule {self.schedule!r}, replicas {self.replicas} and local_tolerance "
+                f"{self.local_tolerance}. A body that all parties train at once needs 'concurrent'; copies of experts "
+                "could part where it calls them, and its routers are nobody's own. Set replicas to 1 and "
+                "local_tolerance to 0."
             )
         one_of("placement", self.placement, ("round-robin", "capacity", "table"))
         one_of("schedule", self.schedule, ("concurrent", "round-robin"))

@@ -344,6 +344,7 @@ def test_a_host_is_lost_while_the_body_calls_it(
     [
         ({"schedule": "round-robin"}, "backbone is 'split', the schedule 'round-robin'"),
         ({"replicas": 2}, "replicas 2"),
+        ({"local_tolerance": 0.1}, "local_tolerance 0.1"),
         ({"backbone": "mine"}, "backbone is 'mine'"),
     ],
 )

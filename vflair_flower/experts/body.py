@@ -9,18 +9,20 @@ made for does.
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 from torch import Tensor
 
-from vflair_flower.errors import SessionClosedError
+from vflair_flower.errors import PartyLostError, SessionClosedError
 from vflair_flower.experts.caller import ExpertCaller
 from vflair_flower.experts.dispatch import ExpertCalls, ExpertChannel
 from vflair_flower.experts.behalf import OWNER
 from vflair_flower.experts.placement import place_experts
+from vflair_flower.experts.routing import opted_out_experts, prefer_experts
 from vflair_flower.partition import LoadedSegment
 from vflair_flower.remote import BodyMode, RemoteSegment, SegmentServer
-from vflair_flower.remote.protocol import BACKWARD, FORWARD
+from vflair_flower.remote.protocol import BACKWARD, FORWARD, MODEL_PARTY
 from vflair_flower.session import Agreement, Caller, HubSession, Reply, Request
 from vflair_flower.session.header import Meta
 from vflair_flower.spec import SplitSpec
@@ -112,6 +114,10 @@ class BodyChannel(ExpertChannel):
         self._current.calls = calls
 
 
+class _OwnerGone(Exception):
+    """Ends a pass that nobody waits for any more; no SessionError, so that no host counts as lost for it."""
+
+
 class _Behalf:
     """The hub's session, as a link of one data party for whom the body calls hosts.
 
@@ -119,8 +125,8 @@ class _Behalf:
     """
 
     def __init__(self, session: HubSession, owner: str) -> None:
-        self.party = owner
-        self._session = session
+        self.party = MODEL_PARTY
+        self._session, self._owner = session, owner
         self._timeout_s = _PATIENCE * session.deadline_s
 
     def call(
@@ -134,12 +140,13 @@ class _Behalf:
     ) -> Reply:
         """Call a host in the owner's name."""
         own = dict(meta or {})
-        named: Meta = {**own, OWNER: self.party, "call": -int(own["call"])}
-        return self._session.call(target, operation, tensors, named, timeout_s=timeout_s or self._timeout_s)
-
-    def as_own(self, request: Request) -> Reply:
-        """Call the owner's own host."""
-        return self.call(self.party, request.operation, request.tensors, request.meta)
+        named: Meta = {**own, OWNER: self._owner, "call": -int(own["call"])}
+        try:
+            return self._session.call(target, operation, tensors, named, timeout_s=timeout_s or self._timeout_s)
+        except PartyLostError as error:
+            if error.party == self._owner != target:  # no fault of the host, which others' passes go on asking
+                raise _OwnerGone(str(error)) from error
+            raise
 
 
 class SpreadBody(SegmentServer):
@@ -167,6 +174,7 @@ class SpreadBody(SegmentServer):
         super().__init__(loaded, own, body_mode=BodyMode.SYNCHRONOUS, deadline_s=deadline_s)
         self._channel, self._shape = channel, shape
         self._callers: dict[str, ExpertCaller] = {}
+        self._routing = ExitStack()
         self.lost_hosts: dict[str, str] = {}
         """Hosts that did not answer the body well in the newest session, and what was seen."""
 
@@ -176,15 +184,17 @@ class SpreadBody(SegmentServer):
         layers, experts = self._shape
         placement = place_experts(self.spec.experts, parties, layers=layers, experts=experts)
         self.lost_hosts = {}
+        if placement.opted_out:
+            self._routing.enter_context(prefer_experts(self._model, masked=opted_out_experts(placement)))
         for party in parties:
-            link = _Behalf(session, party)
-            caller = ExpertCaller(link, link.as_own, placement, self.spec)
+            caller = ExpertCaller(_Behalf(session, party), None, placement, self.spec)
             caller.lost = self.lost_hosts  # what one party's call has found out spares the others the wait
             self._callers[party] = caller
 
     def end(self) -> None:
         """Stop serving, and calling."""
         super().end()
+        self._routing.close()
         for caller in self._callers.values():
             caller.close()
         self._callers.clear()

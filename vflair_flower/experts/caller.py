@@ -27,15 +27,15 @@ class ExpertCaller:
     ----------
     link : Caller
         An open link; every call has its deadline.
-    own : Handler
-        This party's own host of experts, called without the link.
+    own : Handler or None
+        This party's own host of experts, called without the link; None for one that hosts none.
     placement : Placement
         Who hosts what.
     spec : SplitSpec
         The job.
     """
 
-    def __init__(self, link: Caller, own: Handler, placement: Placement, spec: SplitSpec) -> None:
+    def __init__(self, link: Caller, own: Handler | None, placement: Placement, spec: SplitSpec) -> None:
         assert spec.experts is not None
         self.combine = spec.experts.combine
         self.rows_since_step = 0
@@ -228,7 +228,7 @@ class ExpertCaller:
         replies: dict[str, Reply | None] = dict.fromkeys(asked)
         own = self._link.party
         try:
-            if own in asked:
+            if own in asked and self._own is not None:
                 tensors, meta = asked[own]
                 replies[own] = self._own(Request(own, operation, dict(tensors), dict(meta)))
         finally:

@@ -21,7 +21,7 @@ def preferred_copies(placement: Placement, owner: str) -> list[Tensor]:
     The owner itself comes first where it holds a copy, then the expert's host, then those that follow it.  A row of
     fewer than C hosts is filled up with its last one.
     """
-    own = placement.hosts.index(owner)
+    own = placement.hosts.index(owner) if owner in placement.hosts else -1
     preferred = []
     for layer, homes in enumerate(placement.host_of):
         held = [placement.holders_of(layer, expert) for expert in range(len(homes))]
