@@ -30,8 +30,8 @@ from vflair_flower.partition import refuse_trained_copies, resolve_model
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import BodyMode, agreement_for
 from vflair_flower.spec import SplitSpec
-from vflair_flower.strategies.generation import WritingStrategy
 from vflair_flower.strategies.gathering import Gathering
+from vflair_flower.strategies.generation import WritingStrategy
 from vflair_flower.strategies.hub_settings import HubSettings
 from vflair_flower.strategies.sessions import RoundSession, SessionSettings
 

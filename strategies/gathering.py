@@ -69,7 +69,12 @@ class Gathering:
             return {hosts[host]: state for host, state in found.items() if state}
 
         write_checkpoint(
-            folder, source, self.config, self.spec.task, backbone=lambda: {**self._average(owners), **self.body}, experts=experts
+            folder,
+            source,
+            self.config,
+            self.spec.task,
+            backbone=lambda: {**self._average(owners), **self.body},
+            experts=experts,
         )
 
     def _owners(self, model_of: str | None) -> list[str]:

@@ -176,8 +176,8 @@ class ExpertSettings:
     Parameters
     ----------
     backbone : str
-        Who has the model without experts: each ``"party"`` all of it, or it is ``"split"`` as the job's `plan` says, and
-        the model party's layers call the hosts as well.
+        Who has the model without experts: each ``"party"`` all of it; or it is ``"split"`` as the job's `plan` says,
+        and the model party's layers call the hosts as well.
     placement : str
         ``"round-robin"``, ``"capacity"`` or ``"table"`` (`vflair_flower.experts.placement`).
     capacities : tuple[float, ...]

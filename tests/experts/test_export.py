@@ -87,11 +87,11 @@ def test_nothing_is_written_without_every_expert(make_house: Callable[..., Any],
         def write(experts: Callable[[int], Any], own: Callable[[], Any] = backbone) -> None:
             write_checkpoint(tmp_path / "out", house.source, config, house.spec.task, backbone=own, experts=experts)
 
-        with pytest.raises(ModelError, match="nobody has handed over the experts .* of model.layers.0"):
+        with pytest.raises(ModelError, match=r"nobody has handed over the experts .* of model.layers.0"):
             write(lambda layer: dict(list(given(layer).items())[:1]))
         with pytest.raises(ModelError, match=r"of shape \(1, .* for all of them"):
             write(lambda layer: {k: {n: t[:1] for n, t in v.items()} for k, v in given(layer).items()})
-        with pytest.raises(ModelError, match="1 tensors of the model without experts.*'lm_head.weight'"):
+        with pytest.raises(ModelError, match=r"1 tensors of the model without experts.*'lm_head.weight'"):
             write(given, lambda: {n: t for n, t in backbone().items() if n != "lm_head.weight"})
         assert list(tmp_path.iterdir()) == []
         write(given)
@@ -147,7 +147,7 @@ def test_after_a_job_the_checkpoint_is_the_collaborative_model(
     with job(spec_of(writing_moe)) as strategy:
         strategy.start(grid)
         strategy.export(grid, tmp_path / "out", model_of="party-1")
-        with pytest.raises(ConfigurationError, match="'party-0' does not share its own model.*share_model=True"):
+        with pytest.raises(ConfigurationError, match=r"'party-0' does not share its own model.*share_model=True"):
             strategy.export(grid, tmp_path / "average")
     assert not (tmp_path / "average").exists()
     model = own_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
@@ -181,7 +181,8 @@ def test_own_models_are_averaged_and_a_resumed_job_exports(writing_moe: str, tmp
         strategy.start(grid)
         strategy.export(grid, tmp_path / "after")
     begun, before, after = (
-        load_file(Path(folder) / "model.safetensors") for folder in (writing_moe, tmp_path / "before", tmp_path / "after")
+        load_file(Path(folder) / "model.safetensors")
+        for folder in (writing_moe, tmp_path / "before", tmp_path / "after")
     )
     assert before.keys() == begun.keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in begun.items())
@@ -206,7 +207,7 @@ def test_a_party_that_does_not_agree_is_named_and_nothing_is_written(writing_moe
     with job(spec_of(writing_moe)) as strategy:
         strategy.start(grid, num_rounds=1)
         handed_over.clear()
-        with pytest.raises(ConfigurationError, match="'party-2' does not share its experts.*share_experts=True"):
+        with pytest.raises(ConfigurationError, match=r"'party-2' does not share its experts.*share_experts=True"):
             strategy.export(grid, tmp_path / "out", model_of="party-0")
         with pytest.raises(ConfigurationError, match="model_of is 'nobody'; the parties are party-0, party-1"):
             strategy.export(grid, tmp_path / "out", model_of="nobody")

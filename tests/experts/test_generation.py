@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simulations.local_grid import ProcessGrid
 from tests.experts.conftest import save_writing_moe
 from tests.experts.test_export import PARTIES, job, nodes_at, own_weights, spec_of
 from tests.experts.writing_app import app
 from tests.inprocess_grid import InProcessGrid
-from tests.process_grid import ProcessGrid
 from tests.writers import prompts_of
 from vflair_flower.errors import PartyLostError
 from vflair_flower.generation import write_texts

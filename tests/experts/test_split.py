@@ -170,7 +170,10 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> str:
 def run_job(spec: Any, nodes: list[dict], *, evaluate: float = 1.0, **more: Any) -> Any:
     count = len(nodes)
     aggregator = FedAvg(
-        min_train_nodes=count, min_evaluate_nodes=count if evaluate else 0, min_available_nodes=count, fraction_evaluate=evaluate
+        min_train_nodes=count,
+        min_evaluate_nodes=count if evaluate else 0,
+        min_available_nodes=count,
+        fraction_evaluate=evaluate,
     )
     settings = {"hub": HubSettings(bind="inproc"), "deadline_s": 20.0, "parties": count, **more}
     return CollaborativeMoE(spec=spec, aggregator=aggregator, **settings)
@@ -182,7 +185,11 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = save_tiny(tmp_path_factory.mktemp("moe"), "llama")
     torch.manual_seed(7)
     config = TINY["mixtral"]()
-    config.vocab_size, config.pad_token_id, config.num_labels = len(AutoTokenizer.from_pretrained(folder)), 0, len(LABELS)
+    config.vocab_size, config.pad_token_id, config.num_labels = (
+        len(AutoTokenizer.from_pretrained(folder)),
+        0,
+        len(LABELS),
+    )
     model = AutoModelForSequenceClassification.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():

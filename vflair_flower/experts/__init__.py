@@ -6,6 +6,7 @@ from vflair_flower.experts.coactivation import count_coactivation, place_by_coac
 from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
 from vflair_flower.experts.host import ExpertHost
 from vflair_flower.experts.loading import expert_layer_names, load_backbone, load_experts
+from vflair_flower.experts.local import OwnExperts, load_local
 from vflair_flower.experts.merged_adapter import merge_expert_adapters
 from vflair_flower.experts.modules import num_experts
 from vflair_flower.experts.placement import Placement, place_experts
@@ -17,6 +18,7 @@ __all__ = [
     "ExpertCaller",
     "ExpertChannel",
     "ExpertHost",
+    "OwnExperts",
     "Placement",
     "RemoteExperts",
     "count_coactivation",
@@ -24,6 +26,7 @@ __all__ = [
     "expert_layer_names",
     "load_backbone",
     "load_experts",
+    "load_local",
     "merge_expert_adapters",
     "num_experts",
     "place_by_coactivation",

@@ -15,9 +15,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from vflair_flower.errors import PartyLostError, SessionClosedError
+from vflair_flower.experts.behalf import OWNER
 from vflair_flower.experts.caller import ExpertCaller
 from vflair_flower.experts.dispatch import ExpertCalls, ExpertChannel
-from vflair_flower.experts.behalf import OWNER
 from vflair_flower.experts.placement import place_experts
 from vflair_flower.experts.routing import opted_out_experts, prefer_experts
 from vflair_flower.partition import LoadedSegment
@@ -103,7 +103,7 @@ class BodyChannel(ExpertChannel):
         self._current = threading.local()
         super().__init__()
 
-    @property  # type: ignore[override]
+    @property
     def calls(self) -> ExpertCalls | None:
         """What the layers call in this thread."""
         found: ExpertCalls | None = getattr(self._current, "calls", None)
@@ -114,7 +114,7 @@ class BodyChannel(ExpertChannel):
         self._current.calls = calls
 
 
-class _OwnerGone(Exception):
+class _OwnerGoneError(Exception):
     """Ends a pass that nobody waits for any more; no SessionError, so that no host counts as lost for it."""
 
 
@@ -145,7 +145,7 @@ class _Behalf:
             return self._session.call(target, operation, tensors, named, timeout_s=timeout_s or self._timeout_s)
         except PartyLostError as error:
             if error.party == self._owner != target:  # no fault of the host, which others' passes go on asking
-                raise _OwnerGone(str(error)) from error
+                raise _OwnerGoneError(str(error)) from error
             raise
 
 

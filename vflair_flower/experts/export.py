@@ -92,8 +92,8 @@ def _joined(name: str, count: int, pieces: Pieces, wanted: Mapping[str, Tensor])
             if like is None or part.shape != (len(some), *like.shape[1:]):
                 raise ModelError(
                     f"{len(some)} experts came as {leaf!r} of shape {tuple(part.shape)}, and the model has "
-                    f"{'no such tensor' if like is None else f'{tuple(like.shape)} for all of them'}. Every party needs "
-                    "the same version of vflair-flower and the same model."
+                    f"{'no such tensor' if like is None else f'{tuple(like.shape)} for all of them'}. Every party "
+                    "needs the same version of vflair-flower and the same model."
                 )
             full = whole.setdefault(leaf, torch.empty(like.shape, dtype=part.dtype))
             full[list(some)] = part

@@ -29,8 +29,10 @@ class StepCalls(Protocol):
 
     rows_since_step: int
     """Over how many items (rows, windows, asked tokens) the coming step's loss is the mean."""
-    tokens: int
-    """Tokens that went through forward calls so far."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through forward calls so far."""
 
     def step(self, *, step: int, total_steps: int) -> None:
         """Tell the others that an optimiser step is due; returns when it is done there."""

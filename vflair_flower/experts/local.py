@@ -1,0 +1,126 @@
+"""A party's model without the others: its own model and its own experts, with routers that choose among these alone.
+
+T tokens, K experts per token, E experts of a layer, D hidden.
+Invariant: it computes what the whole model does when the others' experts are masked (`prefer_experts`).
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vflair_flower.errors import CheckpointError
+from vflair_flower.experts.dispatch import RemoteExperts
+from vflair_flower.experts.loading import expert_layer_names, load_backbone, load_experts
+from vflair_flower.experts.placement import Placement
+from vflair_flower.experts.routing import check_enough_experts, prefer_experts
+from vflair_flower.partition import ModelSource, load_trained_state
+from vflair_flower.partition.sources import load_config
+from vflair_flower.settings import TaskSettings, WeightSettings
+
+
+class OwnExperts(nn.Module):
+    """Stands where a layer's experts were, and has some of them.
+
+    Parameters
+    ----------
+    experts : torch.nn.Module
+        An experts module that holds just these.
+    chosen : sequence of int
+        Their numbers in the whole layer, ascending.
+    count : int
+        E.
+    """
+
+    place_E: Tensor
+
+    def __init__(self, experts: nn.Module, chosen: Sequence[int], count: int) -> None:
+        super().__init__()
+        self.experts = experts
+        place_E = torch.full((count,), -1)
+        place_E[list(chosen)] = torch.arange(len(chosen))
+        self.register_buffer("place_E", place_E, persistent=False)
+
+    def forward(self, hidden_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Return ``[T, D]``, the weighted sum of the experts' outputs."""
+        out_TD: Tensor = self.experts(hidden_TD, self.place_E[expert_TK], weight_TK)
+        return out_TD
+
+
+def load_local(
+    source: ModelSource,
+    placement: Placement,
+    party: str,
+    task: TaskSettings,
+    *,
+    weights: WeightSettings | None = None,
+    trained: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> PreTrainedModel:
+    """Load a party's own model with its own experts; it needs no session, and generates as any transformers model.
+
+    Of the experts that a router ranks, the best of this party's own are taken, with the weights that the router's rule
+    gives them.  How good that is, nobody promises: the fewer experts a party has, the further it is from the whole.
+
+    Parameters
+    ----------
+    source : ModelSource
+        The checkpoint.
+    placement : Placement
+        Who hosts what (`place_experts`).
+    party : str
+        Whose.
+    task : TaskSettings
+        Chooses the task class.
+    weights : WeightSettings, optional
+        Their dtype.
+    trained : mapping, optional
+        What the party keeps after a round of a job: ``PartyStore(state_dir / "models", job=..., party=...).load(r)``.
+    seed : int
+        For parameters that the checkpoint does not hold; the job's.
+
+    Raises
+    ------
+    ConfigurationError
+        If the party has fewer experts of a layer than a token is routed to.
+    CheckpointError
+        If `trained` is of another model or placement.
+    ModelError
+        If the checkpoint cannot be read.
+    """
+    config = load_config(source, task)
+    names, own = expert_layer_names(config, task), placement.experts_of(party)
+    count = len(placement.host_of[0])
+    others = {layer: tuple(sorted(set(range(count)) - set(chosen))) for layer, chosen in enumerate(own)}
+    check_enough_experts(config, others)
+    loaded, _ = load_backbone(source, task, weights=weights, seed=seed)
+    model, experts = loaded.model, load_experts(source, dict(zip(names, own, strict=True)), task, weights=weights)
+    if trained is not None:
+        load_trained_state(model, trained["own"])
+        _load_experts_state(experts, trained["host"]["trained"])
+    routing = ExitStack()
+    routing.enter_context(prefer_experts(model, masked=others))
+    object.__setattr__(model, "own_routing", routing)  # lasts as long as the model does
+    for name, chosen in zip(names, own, strict=True):
+        parent, _, leaf = name.rpartition(".")
+        block = model.get_submodule(parent)
+        assert isinstance(getattr(block, leaf), RemoteExperts)
+        setattr(block, leaf, OwnExperts(experts.get_submodule(name), chosen, count))
+    model.eval()
+    return model
+
+
+def _load_experts_state(experts: nn.Module, state: Mapping[str, Tensor]) -> None:
+    own = dict(experts.named_parameters())
+    odd = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
+    if odd:
+        raise CheckpointError(
+            f"the trained experts do not fit: {len(odd)} names or shapes differ, the first is {odd[0]!r}. They are of "
+            "another model, placement or tuning; use those of the job that trained them."
+        )
+    with torch.no_grad():
+        for name, tensor in state.items():
+            own[name].copy_(tensor)
