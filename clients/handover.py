@@ -14,9 +14,9 @@ from torch import Tensor
 from vflair_flower.clients.store import PartyStore
 from vflair_flower.control import PartRequest
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.experts import expert_layer_names, load_backbone, load_experts, num_experts, place_experts
-from vflair_flower.experts.loading import own_segment
-from vflair_flower.partition import ModelSource, load_trained_state
+from vflair_flower.experts import expert_layer_names, num_experts, place_experts
+from vflair_flower.experts.finished import finished_backbone, finished_experts
+from vflair_flower.partition import ModelSource
 from vflair_flower.partition.sources import load_config
 from vflair_flower.spec import SplitSpec
 
@@ -67,11 +67,7 @@ def hand_over(message: Message, source: ModelSource, consent: Consent, *, state_
     else:
         arrays = next(iter(message.content.array_records.values()), None)
         given = arrays.to_torch_state_dict() if arrays else None if saved is None else saved["own"]
-        own = own_segment(load_config(source, spec.task), spec)
-        loaded, _ = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed, segment=own)
-        if given:
-            load_trained_state(loaded.model, given)
-        state = loaded.model.state_dict()
+        state = finished_backbone(source, spec, given).state_dict()
     return Message(to_records(state), reply_to=message)
 
 
@@ -99,14 +95,11 @@ def _experts(
     names = expert_layer_names(config, spec.task)
     if not 0 <= request.layer < len(names):
         raise ConfigurationError(f"the message asks for layer {request.layer}, and {len(names)} have experts.")
-    name = names[request.layer]
-    if saved is not None:
-        trained = saved["host"]["trained"]
-        return {n: tensor for n, tensor in trained.items() if n.startswith(f"{name}.")}
     placement = place_experts(spec.experts, request.parties, layers=len(names), experts=num_experts(config))
     own = placement.experts_of(request.party)[request.layer]
-    wanted = {each: own if each == name else () for each in names}
-    return dict(load_experts(source, wanted, spec.task, weights=spec.weights).state_dict())
+    wanted = {each: own if each == names[request.layer] else () for each in names}
+    trained = None if saved is None else saved["host"]["trained"]
+    return dict(finished_experts(source, wanted, spec, trained).state_dict())
 
 
 def to_records(state: dict[str, Tensor]) -> RecordDict:

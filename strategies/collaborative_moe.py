@@ -157,6 +157,11 @@ class CollaborativeMoE(WritingStrategy):
         PartyLostError
             If a party does not answer.
         """
+        if self._body is not None and self.spec.tuning is not None:
+            raise ConfigurationError(
+                "the backbone is split and tuned by LoRA, and the body's adapters are not merged by this version. "
+                "Train all parameters (tuning=None), or leave the backbone whole, to export."
+            )
         watching = self._watch(grid)
         if not self.cards:
             self._meet(watching, None)

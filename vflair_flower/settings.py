@@ -273,6 +273,11 @@ class ExpertSettings:
             raise ConfigurationError(f"local_tolerance is {self.local_tolerance}; choose 0 (none) or more.")
         if not 0.0 <= self.balance_coefficient < math.inf:
             raise ConfigurationError(f"balance_coefficient is {self.balance_coefficient}; choose 0 (none) or more.")
+        if self.balance_coefficient and self.backbone == "split":
+            raise ConfigurationError(
+                f"balance_coefficient is {self.balance_coefficient} and backbone 'split': a party does not see what "
+                "the body's routers choose. Set it to 0."
+            )
         if self.balance_coefficient and (self.opted_out or self.local_tolerance):
             raise ConfigurationError(
                 f"balance_coefficient is {self.balance_coefficient} and opted_out or local_tolerance is set: the loss "

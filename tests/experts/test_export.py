@@ -17,7 +17,14 @@ from vflair_flower.errors import ConfigurationError, ModelError
 from vflair_flower.experts import expert_layer_names
 from vflair_flower.experts.export import write_checkpoint
 from vflair_flower.partition.sources import load_config
-from vflair_flower.settings import ExpertSettings, TaskKind, TaskSettings, TrainingSettings
+from vflair_flower.settings import (
+    ExpertSettings,
+    LoraSettings,
+    OptimizerSettings,
+    TaskKind,
+    TaskSettings,
+    TrainingSettings,
+)
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies import CollaborativeMoE, HubSettings
 
@@ -156,6 +163,23 @@ def test_after_a_job_the_checkpoint_is_the_collaborative_model(
         assert not torch.equal(model(IDS).logits, logits["party-0"])
         assert not torch.equal(model(IDS).logits, AutoModelForCausalLM.from_pretrained(writing_moe)(IDS).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("lost my card").input_ids
+
+
+def test_adapters_are_in_the_checkpoint(writing_moe: str, tmp_path: Path, logits: dict[str, torch.Tensor]) -> None:
+    """Not bit-equal: a matrix with its adapter added rounds in other places than the two beside each other."""
+    grid = InProcessGrid(app, nodes_at(tmp_path))
+    spec = spec_of(
+        writing_moe, tuning=LoraSettings(rank=2), optimizer=OptimizerSettings(learning_rate=0.05), averaging="round"
+    )
+    with job(spec) as strategy:
+        strategy.start(grid)
+        strategy.export(grid, tmp_path / "out")
+    model, begun = (own_weights(AutoModelForCausalLM.from_pretrained(f)) for f in (tmp_path / "out", writing_moe))
+    with torch.no_grad():
+        found = model(IDS).logits
+        assert float((found - begun(IDS).logits).abs().max()) > 0.1
+    assert model.num_parameters() == begun.num_parameters()
+    torch.testing.assert_close(found, logits["party-2"], rtol=1e-4, atol=1e-4)
 
 
 def test_where_the_job_averages_all_parties_have_the_checkpoint(

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.experts.conftest import MOE, batch_of, save_writing_moe
-from tests.experts.test_export import job, nodes_at, own_weights, spec_of
+from tests.experts.test_export import IDS, job, nodes_at, own_weights, spec_of
 from tests.experts.writing_app import app
 from tests.inprocess_grid import InProcessGrid
 from vflair_flower.clients.store import PartyStore
@@ -19,7 +19,7 @@ from vflair_flower.experts.routing import prefer_experts
 from vflair_flower.generation import write_texts
 from vflair_flower.partition import load_tokenizer, resolve_model
 from vflair_flower.partition.sources import load_config
-from vflair_flower.settings import DecodingSettings, ExpertSettings, GenerationSettings
+from vflair_flower.settings import DecodingSettings, ExpertSettings, GenerationSettings, LoraSettings
 
 
 def masked(placement: Any, party: str) -> dict[int, list[int]]:
@@ -38,7 +38,7 @@ def test_equals_the_whole_model_with_the_others_experts_masked(family: str, make
     inputs = {name: tensor for name, tensor in batch_of(0).items() if name != "labels"}
     answers = []
     for party in names:
-        local = load_local(house.source, placement, party, house.spec.task)
+        local = load_local(house.source, placement, party, house.spec)
         sizes = {name: p.shape for name, p in local.named_parameters() if name.endswith("experts.down_proj")}
         assert {shape[0] for shape in sizes.values()} == {num_experts(whole.config) // 2}
         with torch.no_grad(), prefer_experts(whole, masked=masked(placement, party)):
@@ -50,10 +50,11 @@ def test_equals_the_whole_model_with_the_others_experts_masked(family: str, make
     assert not torch.equal(*answers)
 
 
-def test_what_a_job_trained_is_used(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tuning", [None, LoraSettings(rank=2)], ids=["whole", "lora"])
+def test_what_a_job_trained_is_used(tmp_path: Path, tuning: LoraSettings | None) -> None:
     """Four parties of eight experts, two for each token: just enough."""
     model = str(save_writing_moe(tmp_path / "model"))
-    spec, grid = spec_of(model), InProcessGrid(app, nodes_at(tmp_path, **{"shares-model": 1}))
+    spec, grid = spec_of(model, tuning=tuning), InProcessGrid(app, nodes_at(tmp_path, **{"shares-model": 1}))
     with job(spec) as strategy:
         strategy.start(grid)
         strategy.export(grid, tmp_path / "out", model_of="party-1")
@@ -64,16 +65,18 @@ def test_what_a_job_trained_is_used(tmp_path: Path) -> None:
         ExpertSettings(), [f"party-{i}" for i in range(4)], layers=layers, experts=num_experts(config)
     )
     saved = PartyStore(tmp_path / "p1" / "models", job="job", party="party-1").load(2)
-    local = load_local(source, placement, "party-1", spec.task, trained=saved)
+    local = load_local(source, placement, "party-1", spec, trained=saved)
     whole = own_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     tokenizer, decoding = load_tokenizer(source), DecodingSettings(max_new_tokens=8, do_sample=True, seed=2)
     ask = (tokenizer, ["lost my card", "why"], decoding, GenerationSettings(max_rows=4, max_length=32))
     with prefer_experts(whole, masked=masked(placement, "party-1")):
         expected = write_texts(whole, *ask).texts
     assert write_texts(local, *ask).texts == expected
-    assert write_texts(load_local(source, placement, "party-1", spec.task), *ask).texts != expected
+    begun = load_local(source, placement, "party-1", spec)
+    with torch.no_grad():
+        assert not torch.equal(begun(IDS).logits, local(IDS).logits)
     with pytest.raises(CheckpointError, match="the trained experts do not fit"):
-        load_local(source, placement, "party-1", spec.task, trained={**saved, "host": {"trained": {}}})
+        load_local(source, placement, "party-1", spec, trained={**saved, "host": {"trained": {}}})
 
 
 def test_too_few_own_experts_are_refused(make_house: Callable[..., Any]) -> None:
@@ -81,4 +84,4 @@ def test_too_few_own_experts_are_refused(make_house: Callable[..., Any]) -> None
     count = num_experts(load_config(house.source, house.spec.task))
     names = [f"party-{i}" for i in range(count)]
     with pytest.raises(ConfigurationError, match="1 of the 2 that it is routed to"):
-        load_local(house.source, house.placement(names), "party-3", house.spec.task)
+        load_local(house.source, house.placement(names), "party-3", house.spec)

@@ -13,6 +13,7 @@ import torch
 from flwr.serverapp.strategy import FedAvg
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from simulations.local_grid import ProcessGrid
 from tests.experts.conftest import DEADLINE_S, Company, batch_of, save_writing_moe
 from tests.experts.moe_app import app as reading_app
 from tests.experts.test_export import nodes_at, spec_of
@@ -39,7 +40,7 @@ from vflair_flower.partition.sources import load_config
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import MODEL_PARTY, RemoteSegment, agreement_for
 from vflair_flower.session import Hub, Link, Request, connect
-from vflair_flower.settings import ExpertSettings, OptimizerSettings, TaskSettings, TrainingSettings
+from vflair_flower.settings import ExpertSettings, LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies import CollaborativeMoE, HubSettings
 from vflair_flower.tasks import BatchOrder, collate, encode
@@ -206,7 +207,7 @@ def reading(model: str, **more: Any) -> SplitSpec:
         "experts": SPLIT,
         "averaging": "step",
     }
-    return SplitSpec(model=model, task=TaskSettings(label_names=LABELS), tuning=None, seed=3, **{**settings, **more})
+    return SplitSpec(model=model, task=TaskSettings(label_names=LABELS), seed=3, **{"tuning": None, **settings, **more})
 
 
 def whole_after(strategy: CollaborativeMoE, nodes: list[dict]) -> dict[str, torch.Tensor]:
@@ -260,6 +261,43 @@ def test_four_parties_are_centralised_training_on_the_joined_batch(reader: str, 
     print("worst difference", worst)
     assert max(float((whole[n] - before[n]).abs().max()) for n in whole) > 1e-3
     assert worst < 4e-6
+
+
+@pytest.mark.parametrize("tuning", [None, LoraSettings(rank=2)], ids=["whole", "lora"])
+def test_tuned_and_with_blocks_computed_again_it_is_the_job_without_a_cut(
+    reader: str, tmp_path: Path, tuning: LoraSettings | None
+) -> None:
+    losses = []
+    for backbone in ("party", "split"):
+        training = TrainingSettings(
+            rounds=1, local_steps=4, batch_size=4, max_tokens=16, gradient_checkpointing=backbone == "split"
+        )
+        optimizer = OptimizerSettings(learning_rate=0.02)
+        spec = reading(
+            reader, tuning=tuning, training=training, optimizer=optimizer, experts=ExpertSettings(backbone=backbone)
+        )
+        with run_job(spec, nodes := nodes_at(tmp_path / backbone)) as strategy:
+            strategy.start(InProcessGrid(reading_app, nodes))
+        losses.append((strategy.history[0].train_metrics["loss"], strategy.history[0].evaluate_metrics["loss"]))
+    assert losses[0][1] != pytest.approx(losses[0][0], rel=1e-2)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_between_processes_over_grpc(writer: str, tmp_path: Path) -> None:
+    nodes = nodes_at(tmp_path)
+    grid = ProcessGrid("tests.experts.writing_app", nodes)
+    spec = spec_of(writer, generation=BOUNDS, experts=SPLIT, averaging="round")
+    try:
+        with run_job(spec, nodes, hub=HubSettings()) as strategy:
+            strategy.start(grid, num_rounds=1)
+            strategy.generate(grid, WAYS["sampling"])
+            strategy.export(grid, tmp_path / "out")
+    finally:
+        grid.close()
+    for index in range(4):
+        assert written(tmp_path, index) == whole_writes(tmp_path / "out", index, WAYS["sampling"])
 
 
 def test_a_resumed_job_goes_on_where_it_was(reader: str, tmp_path: Path) -> None:
@@ -352,6 +390,7 @@ def test_a_host_is_lost_while_the_body_calls_it(
         ({"schedule": "round-robin"}, "backbone is 'split', the schedule 'round-robin'"),
         ({"replicas": 2}, "replicas 2"),
         ({"local_tolerance": 0.1}, "local_tolerance 0.1"),
+        ({"balance_coefficient": 0.1}, "balance_coefficient is 0.1 and backbone 'split'"),
         ({"backbone": "mine"}, "backbone is 'mine'"),
     ],
 )

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vflair_flower.errors import CheckpointError
-from vflair_flower.experts.dispatch import RemoteExperts
-from vflair_flower.experts.loading import expert_layer_names, load_backbone, load_experts
+from vflair_flower.errors import ConfigurationError
+from vflair_flower.experts.finished import finished_backbone, finished_experts
+from vflair_flower.experts.loading import expert_layer_names
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.routing import check_enough_experts, prefer_experts
-from vflair_flower.partition import ModelSource, load_trained_state
+from vflair_flower.partition import ModelSource
 from vflair_flower.partition.sources import load_config
-from vflair_flower.settings import TaskSettings, WeightSettings
+from vflair_flower.spec import SplitSpec
 
 
 class OwnExperts(nn.Module):
@@ -54,11 +54,9 @@ def load_local(
     source: ModelSource,
     placement: Placement,
     party: str,
-    task: TaskSettings,
+    spec: SplitSpec,
     *,
-    weights: WeightSettings | None = None,
     trained: Mapping[str, Any] | None = None,
-    seed: int = 0,
 ) -> PreTrainedModel:
     """Load a party's own model with its own experts; it needs no session, and generates as any transformers model.
 
@@ -73,54 +71,39 @@ def load_local(
         Who hosts what (`place_experts`).
     party : str
         Whose.
-    task : TaskSettings
-        Chooses the task class.
-    weights : WeightSettings, optional
-        Their dtype.
+    spec : SplitSpec
+        The job's.
     trained : mapping, optional
-        What the party keeps after a round of a job: ``PartyStore(state_dir / "models", job=..., party=...).load(r)``.
-    seed : int
-        For parameters that the checkpoint does not hold; the job's.
+        What the party keeps after a round of a job: ``PartyStore(state_dir / "models", job=..., party=...).load(r)``;
+        by default the model as the job began.
 
     Raises
     ------
     ConfigurationError
-        If the party has fewer experts of a layer than a token is routed to.
+        If the party has fewer experts of a layer than a token is routed to, or no model of its own.
     CheckpointError
-        If `trained` is of another model or placement.
+        If `trained` is of another model, placement or tuning.
     ModelError
         If the checkpoint cannot be read.
     """
-    config = load_config(source, task)
-    names, own = expert_layer_names(config, task), placement.experts_of(party)
+    if spec.experts is None or spec.experts.backbone != "party":
+        raise ConfigurationError(
+            "the job has no experts, or its backbone is split, so that no party has a model of its own to load; export "
+            "the whole one."
+        )
+    config = load_config(source, spec.task)
+    names, own = expert_layer_names(config, spec.task), placement.experts_of(party)
     count = len(placement.host_of[0])
     others = {layer: tuple(sorted(set(range(count)) - set(chosen))) for layer, chosen in enumerate(own)}
     check_enough_experts(config, others)
-    loaded, _ = load_backbone(source, task, weights=weights, seed=seed)
-    model, experts = loaded.model, load_experts(source, dict(zip(names, own, strict=True)), task, weights=weights)
-    if trained is not None:
-        load_trained_state(model, trained["own"])
-        _load_experts_state(experts, trained["host"]["trained"])
+    model = finished_backbone(source, spec, None if trained is None else trained["own"])
+    by_name = dict(zip(names, own, strict=True))
+    experts = finished_experts(source, by_name, spec, None if trained is None else trained["host"]["trained"])
     routing = ExitStack()
     routing.enter_context(prefer_experts(model, masked=others))
     object.__setattr__(model, "own_routing", routing)  # lasts as long as the model does
-    for name, chosen in zip(names, own, strict=True):
+    for name, chosen in by_name.items():
         parent, _, leaf = name.rpartition(".")
-        block = model.get_submodule(parent)
-        assert isinstance(getattr(block, leaf), RemoteExperts)
-        setattr(block, leaf, OwnExperts(experts.get_submodule(name), chosen, count))
+        setattr(model.get_submodule(parent), leaf, OwnExperts(experts.get_submodule(name), chosen, count))
     model.eval()
     return model
-
-
-def _load_experts_state(experts: nn.Module, state: Mapping[str, Tensor]) -> None:
-    own = dict(experts.named_parameters())
-    odd = sorted(own.keys() ^ state.keys()) or [name for name in own if own[name].shape != state[name].shape]
-    if odd:
-        raise CheckpointError(
-            f"the trained experts do not fit: {len(odd)} names or shapes differ, the first is {odd[0]!r}. They are of "
-            "another model, placement or tuning; use those of the job that trained them."
-        )
-    with torch.no_grad():
-        for name, tensor in state.items():
-            own[name].copy_(tensor)
