@@ -3,12 +3,10 @@
 A party hands over what it was told to share, and nothing else.  What goes back is what the party would train on with.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from torch import Tensor
 
 from vflair_flower.clients.store import PartyStore
@@ -16,6 +14,7 @@ from vflair_flower.control import PartRequest
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.experts import expert_layer_names, num_experts, place_experts
 from vflair_flower.experts.finished import finished_backbone, finished_experts
+from vflair_flower.experts.parcels import to_records
 from vflair_flower.partition import ModelSource
 from vflair_flower.partition.sources import load_config
 from vflair_flower.spec import SplitSpec
@@ -100,18 +99,3 @@ def _experts(
     wanted = {each: own if each == names[request.layer] else () for each in names}
     trained = None if saved is None else saved["host"]["trained"]
     return dict(finished_experts(source, wanted, spec, trained).state_dict())
-
-
-def to_records(state: dict[str, Tensor]) -> RecordDict:
-    """Return tensors for a Flower message, which does not know bfloat16: such become float32, and are named."""
-    found = {name: tensor.detach().cpu() for name, tensor in state.items()}
-    halved = [name for name, tensor in found.items() if tensor.dtype is torch.bfloat16]
-    arrays = ArrayRecord({name: t.float() if name in halved else t.contiguous() for name, t in found.items()})
-    return RecordDict({"arrays": arrays, "config": ConfigRecord({"bfloat16": json.dumps(halved)})})
-
-
-def from_records(content: RecordDict) -> dict[str, Tensor]:
-    """Return the tensors that `to_records` was given."""
-    halved = set(json.loads(str(content["config"]["bfloat16"])))
-    state = content.array_records["arrays"].to_torch_state_dict()
-    return {name: t.bfloat16() if name in halved else t for name, t in state.items()}

@@ -12,11 +12,11 @@ from flwr.serverapp import Grid
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from vflair_flower.clients.handover import from_records
 from vflair_flower.control import HAND_OVER, KEY, PartRequest
 from vflair_flower.errors import ConfigurationError, PartyLostError
 from vflair_flower.experts import Placement, expert_layer_names, num_experts, place_experts
 from vflair_flower.experts.export import Pieces, write_checkpoint
+from vflair_flower.experts.parcels import from_records
 from vflair_flower.partition import ModelSource
 from vflair_flower.partition.export import refuse_to_overwrite
 from vflair_flower.spec import SplitSpec

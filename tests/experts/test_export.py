@@ -182,6 +182,7 @@ def test_adapters_are_in_the_checkpoint(writing_moe: str, tmp_path: Path, logits
     torch.testing.assert_close(found, logits["party-2"], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_where_the_job_averages_all_parties_have_the_checkpoint(
     writing_moe: str, tmp_path: Path, logits: dict[str, torch.Tensor]
 ) -> None:

@@ -258,7 +258,6 @@ def test_four_parties_are_centralised_training_on_the_joined_batch(reader: str, 
     whole = {name: p.detach() for name, p in model.named_parameters()}
     assert split.keys() == whole.keys()
     worst = max(float((whole[n] - split[n]).abs().max()) for n in whole)
-    print("worst difference", worst)
     assert max(float((whole[n] - before[n]).abs().max()) for n in whole) > 1e-3
     assert worst < 4e-6
 
@@ -300,6 +299,7 @@ def test_between_processes_over_grpc(writer: str, tmp_path: Path) -> None:
         assert written(tmp_path, index) == whole_writes(tmp_path / "out", index, WAYS["sampling"])
 
 
+@pytest.mark.slow
 def test_a_resumed_job_goes_on_where_it_was(reader: str, tmp_path: Path) -> None:
     """Bodies, hosts and heads together; with AdamW, whose state all of them keep."""
     spec = reading(reader, optimizer=OptimizerSettings(learning_rate=2e-3), averaging="round")
@@ -339,7 +339,7 @@ def test_the_checkpoint_is_the_split_model(writer: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("on_host_lost", ["fail", "skip"])
 @pytest.mark.parametrize("phase", ["forward", "backward"])
-@pytest.mark.parametrize("fault", ["silent", "gone"])
+@pytest.mark.parametrize("fault", [pytest.param("silent", marks=pytest.mark.slow), "gone"])
 def test_a_host_is_lost_while_the_body_calls_it(
     reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, phase: str, on_host_lost: str
 ) -> None:

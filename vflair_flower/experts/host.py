@@ -108,6 +108,7 @@ class ExpertHost:
         self._open: set[str] = set()
         self._owners = 0
         self._training = False
+        self._heard = 0.0
         self._peak_kept = 0
 
     def begin(self, owners: Sequence[str], *, training: bool) -> None:
@@ -126,6 +127,7 @@ class ExpertHost:
         """Answer one call (`vflair_flower.experts.protocol`)."""
         assert self.spec.experts is not None
         request = on_behalf(request, self.spec.experts)
+        self._heard = time.monotonic()
         with self._changed:
             if request.source not in self._open:
                 raise PartyLostError(request.source, "it has left this session, or was never in it")
@@ -155,14 +157,16 @@ class ExpertHost:
 
     def wait_for_owners(self, timeout_s: float) -> None:
         """Wait until every owner has finished or is lost, as long as others are at work; raises DeadlineError."""
-        limit = time.monotonic() + timeout_s
+        began = time.monotonic()
         with self._changed:
             while self._open:
-                if not self._changed.wait(max(0.0, limit - time.monotonic())):
+                left_s = max(began, self._heard) + timeout_s - time.monotonic()
+                if left_s <= 0.0:
                     raise DeadlineError(
-                        f"the owners {', '.join(sorted(self._open))} have not finished after {timeout_s:g} s. Raise "
-                        "deadline_s if they are merely slow."
+                        f"the owners {', '.join(sorted(self._open))} have not finished, and nobody has called for "
+                        f"{timeout_s:g} s. Raise deadline_s if they are merely slow."
                     )
+                self._changed.wait(left_s)
 
     def memory(self) -> MemoryParts:
         """Return the peak memory of the experts, by part."""
