@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vflair_flower.session import Hub, TlsServerFiles
+from vflair_flower.session import Hub, LinkEmulation, TlsServerFiles
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,8 @@ class HubSettings:
         PEM file that parties trust for the hub's certificate; by default the certificate itself.
     allow_plaintext : bool
         Whether to listen beyond loopback without TLS, for instance inside an encrypted tunnel.
+    emulate : LinkEmulation or None
+        Slower links to parties than there are, for measurements.
     """
 
     bind: str = "127.0.0.1:0"
@@ -29,10 +31,17 @@ class HubSettings:
     tls: TlsServerFiles | None = None
     root_certificates: Path | None = None
     allow_plaintext: bool = False
+    emulate: LinkEmulation | None = None
 
     def build(self) -> Hub:
         """Return a hub, not yet listening; raises ConfigurationError if it may not listen there."""
-        return Hub(bind=self.bind, advertise=self.advertise, tls=self.tls, allow_plaintext=self.allow_plaintext)
+        return Hub(
+            bind=self.bind,
+            advertise=self.advertise,
+            tls=self.tls,
+            allow_plaintext=self.allow_plaintext,
+            emulate=self.emulate,
+        )
 
     def trusted_pem(self) -> str:
         """Return the PEM text that parties are told to trust; empty without TLS."""

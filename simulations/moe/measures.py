@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from flwr.app import ConfigRecord, Context, Message
 from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from tokenizers import Tokenizer, models
 from torch import nn
@@ -32,9 +31,10 @@ from vflair_flower.experts import expert_layer_names, num_experts, place_experts
 from vflair_flower.experts.loading import backbone_parameters
 from vflair_flower.memory import ActivationMeter
 from vflair_flower.partition import load_config, resolve_model
+from vflair_flower.session import LinkEmulation
 from vflair_flower.settings import ExpertSettings, OptimizerSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
-from vflair_flower.strategies import CollaborativeMoE
+from vflair_flower.strategies import CollaborativeMoE, HubSettings
 from vflair_flower.tasks import PromptRow
 
 _STATIC_BYTES, _STEP_BYTES = 16, 8
@@ -164,6 +164,16 @@ class Speed:
     parties: int
     tokens_per_s: dict[str, float]
     repeats: int
+    delay_s: float
+    cores: int
+    cores_used: dict[str, float]
+    """By schedule: CPU seconds of all parties over seconds; what uses all of them cannot be faster."""
+
+    @property
+    def bound(self) -> float:
+        """The highest ratio that the cores allow: all of them busy, and the CPU seconds per token as measured."""
+        cpu = {name: self.cores_used[name] / rate for name, rate in self.tokens_per_s.items()}
+        return self.cores / cpu["concurrent"] / self.tokens_per_s["round-robin"]
 
     @property
     def ratio(self) -> float:
@@ -172,21 +182,40 @@ class Speed:
 
 
 def measure_speed(
-    model: str, parties: int, *, rows: int, tokens: int, steps: int, repeats: int, deadline_s: float
+    model: str,
+    parties: int,
+    *,
+    rows: int,
+    tokens: int,
+    steps: int,
+    repeats: int,
+    deadline_s: float,
+    delay_s: float = 0.0,
 ) -> Speed:
-    """Time both schedules, each `repeats` times in turn; of each the median counts."""
-    found: dict[str, list[float]] = {"concurrent": [], "round-robin": []}
+    """Time both schedules, each `repeats` times in turn; of each the median counts.
+
+    `delay_s` is emulated between the hub and each party: a host's answer comes twice that later.
+    """
+    found: dict[str, list[tuple[float, float]]] = {"concurrent": [], "round-robin": []}
+    hub = HubSettings(emulate=LinkEmulation(delay_s=delay_s) if delay_s else None)
     for _ in range(repeats):
         for schedule, rates in found.items():
             spec = _spec(model, steps=steps, rows=rows, tokens=tokens, experts=ExpertSettings(schedule=schedule))
-            metrics, _ = _run_parties(spec, parties, rows=rows, tokens=tokens, steps=steps, deadline_s=deadline_s)
-            started = min(v for name, v in metrics.items() if name.endswith("started"))
-            ended = max(v for name, v in metrics.items() if name.endswith("ended"))
-            rates.append(parties * steps * rows * tokens / (ended - started))
+            metrics, _ = _run_parties(
+                spec, parties, rows=rows, tokens=tokens, steps=steps, deadline_s=deadline_s, hub=hub
+            )
+            started = min(v for name, v in metrics.items() if name.endswith("-started"))
+            ended = max(v for name, v in metrics.items() if name.endswith("-ended"))
+            cpu_s = sum(v for name, v in metrics.items() if name.endswith("-cpu-seconds"))
+            rates.append((parties * steps * rows * tokens / (ended - started), cpu_s / (ended - started)))
+    middle = {name: sorted(rates)[len(rates) // 2] for name, rates in found.items()}
     return Speed(
         parties=parties,
-        tokens_per_s={name: sorted(rates)[len(rates) // 2] for name, rates in found.items()},
+        tokens_per_s={name: rate for name, (rate, _) in middle.items()},
         repeats=repeats,
+        delay_s=delay_s,
+        cores=os.cpu_count() or 1,
+        cores_used={name: used for name, (_, used) in middle.items()},
     )
 
 
@@ -278,25 +307,25 @@ def _steps(
 
 
 def _run_parties(
-    spec: SplitSpec, parties: int, *, rows: int, tokens: int, steps: int, deadline_s: float
+    spec: SplitSpec,
+    parties: int,
+    *,
+    rows: int,
+    tokens: int,
+    steps: int,
+    deadline_s: float,
+    hub: HubSettings | None = None,
 ) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
     """Run one round in processes; returns the parties' metrics and the memory that each session counted."""
+    asked = ConfigRecord({"rows": rows, "tokens": tokens, "steps": steps})
     with tempfile.TemporaryDirectory() as work_dir:
         nodes = [{"partition-id": i, "state-dir": f"{work_dir}/{i}"} for i in range(parties)]
         grid = ProcessGrid("simulations.moe.party", nodes)
         try:
-            return run_measured(grid, spec, parties, rows=rows, tokens=tokens, steps=steps, deadline_s=deadline_s)
+            with quiet_flower(), _strategy(spec, parties, deadline_s, aggregator=_AllMetrics, hub=hub) as strategy:
+                strategy.start(grid, num_rounds=1, train_config=asked)
         finally:
             grid.close()
-
-
-def run_measured(
-    grid: Grid, spec: SplitSpec, parties: int, *, rows: int, tokens: int, steps: int, deadline_s: float
-) -> tuple[dict[str, float], dict[str, dict[str, int]]]:
-    """Run one round of `simulations.moe.party` on a grid."""
-    asked = ConfigRecord({"rows": rows, "tokens": tokens, "steps": steps})
-    with quiet_flower(), _strategy(spec, parties, deadline_s, _AllMetrics) as strategy:
-        strategy.start(grid, num_rounds=1, train_config=asked)
     reports = {name: report.memory for name, report in strategy.reports.items()}
     return strategy.history[-1].train_metrics, reports
 
@@ -311,13 +340,21 @@ class _AllMetrics(FedAvg):
         return None, type(metrics[0])(joined)
 
 
-def _strategy(spec: SplitSpec, parties: int, deadline_s: float, aggregator: type[FedAvg] = FedAvg) -> CollaborativeMoE:
+def _strategy(
+    spec: SplitSpec,
+    parties: int,
+    deadline_s: float,
+    *,
+    aggregator: type[FedAvg] = FedAvg,
+    hub: HubSettings | None = None,
+) -> CollaborativeMoE:
     return CollaborativeMoE(
         spec=spec,
         aggregator=aggregator(
             fraction_evaluate=0.0, min_train_nodes=parties, min_evaluate_nodes=0, min_available_nodes=parties
         ),
         parties=parties,
+        hub=hub,
         deadline_s=deadline_s,
     )
 

@@ -77,9 +77,9 @@ def summary_lines(result: dict[str, Any], page: Path) -> list[str]:
     lines = [f"Exact    {'bit for bit the whole model' if moe['exact'] else 'NOT equal to the whole model'}"]
     for parties, reduction in moe["peak_memory_reduction"].items():
         lines.append(f"Memory   {100 * reduction:.1f} % less per party, {parties} parties")
-    if moe["speed"]:
-        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in moe["tokens_per_s"].items())
-        lines.append(f"Speed    tokens/s: {rates} (x{moe['speed']['ratio']:.2f})")
+    for one in moe["speed"]:
+        rates = ", ".join(f"{name} {rate:.0f}" for name, rate in one["tokens_per_s"].items())
+        lines.append(f"Speed    tokens/s, {1000 * one['delay_s']:g} ms away: {rates} (x{one['ratio']:.2f})")
     if moe["bytes_per_token"]:
         lines.append(f"Traffic  {moe['bytes_per_token'] / 1000:.1f} kB per token")
     for line in result["table"]:

@@ -32,8 +32,12 @@ are compared with the whole model's bit by bit.</p>
 </table>
 {% endif %}
 {% if moe.speed %}
-<h3>Speed of the two schedules, {{ moe.speed.parties }} parties</h3>
-<p>{% for name, rate in moe.tokens_per_s.items() %}<b>{{ name }}</b> {{ "%.0f"|format(rate) }} tokens/s{% if not loop.last %}; {% endif %}{% endfor %}: {{ "%.2f"|format(moe.speed.ratio) }} times as many. Each party in a process with one thread; medians of {{ moe.speed.repeats }} runs in turns.</p>
+<h3>Speed of the two schedules, {{ moe.speed[0].parties }} parties</h3>
+<table class="cards">
+<thead><tr><th>Link between parties</th><th class="n">Round-robin, tokens/s</th><th class="n">Concurrent, tokens/s</th><th class="n">Times as many</th><th class="n">At most</th><th class="n">Cores used, of {{ moe.speed[0].cores }}</th></tr></thead>
+<tbody>{% for one in moe.speed %}<tr><td>{{ "one machine" if not one.delay_s else "%g ms each way"|format(1000 * one.delay_s) }}</td><td class="n">{{ "%.0f"|format(one.tokens_per_s["round-robin"]) }}</td><td class="n">{{ "%.0f"|format(one.tokens_per_s["concurrent"]) }}</td><td class="n">{{ "%.2f"|format(one.ratio) }}</td><td class="n">{{ "%.2f"|format(one.bound) }}</td><td class="n">{{ "%.2f"|format(one.cores_used["round-robin"]) }}; {{ "%.2f"|format(one.cores_used["concurrent"]) }}</td></tr>{% endfor %}</tbody>
+</table>
+<p class="note">Each party in a process with one thread, medians of {{ moe.speed[0].repeats }} runs in turns. At most: what the ratio would be if concurrent training kept all cores busy, at the CPU time per token that it was measured to need.</p>
 {% endif %}
 </section>
 

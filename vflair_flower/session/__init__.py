@@ -7,6 +7,7 @@ allocated for it, and no call waits beyond its deadline.
 
 from vflair_flower.session.agreement import Agreement, OperationSpec, TensorSpec
 from vflair_flower.session.calls import Caller, Handler, Reply, Request
+from vflair_flower.session.emulation import LinkEmulation
 from vflair_flower.session.grpc_plane import TlsServerFiles
 from vflair_flower.session.hub import Hub
 from vflair_flower.session.hub_session import HubSession
@@ -22,6 +23,7 @@ __all__ = [
     "Ledger",
     "LedgerEntry",
     "Link",
+    "LinkEmulation",
     "OperationSpec",
     "Reply",
     "Request",

@@ -14,6 +14,7 @@ from typing import Self
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.session.agreement import Agreement
 from vflair_flower.session.calls import HUB, Handler
+from vflair_flower.session.emulation import LinkEmulation
 from vflair_flower.session.grpc_plane import GrpcPlane, TlsServerFiles, host_of, is_loopback
 from vflair_flower.session.hub_session import HubSession
 from vflair_flower.session.seat import HubSeat, refusal
@@ -37,6 +38,8 @@ class Hub:
         Whether to listen beyond loopback without TLS, for instance inside an encrypted tunnel.
     max_parties : int
         How many parties all open sessions may have together; each holds threads.
+    emulate : LinkEmulation | None
+        Slower links to parties than there are, for measurements.
 
     Raises
     ------
@@ -66,10 +69,12 @@ class Hub:
         tls: TlsServerFiles | None = None,
         allow_plaintext: bool = False,
         max_parties: int = 1024,
+        emulate: LinkEmulation | None = None,
     ) -> None:
         if not isinstance(max_parties, int) or max_parties < 1:
             raise ConfigurationError(f"max_parties is {max_parties!r}; give 1 or more.")
         self._advertise = advertise
+        self._emulate = emulate
         self._max_parties = max_parties
         self._plane: Plane
         if bind == INPROC:
@@ -180,6 +185,7 @@ class Hub:
                 join_deadline_s=join_deadline_s,
                 on_lost=on_lost,
                 on_closed=self._forget,
+                emulate=self._emulate,
             )
             self._sessions[session.id] = session
         return session

@@ -36,6 +36,7 @@ from vflair_flower.session.calls import (
     notice,
 )
 from vflair_flower.session.desk import Desk
+from vflair_flower.session.emulation import LinkEmulation
 from vflair_flower.session.frame import Frame, FrameAssembler, Parcel, pack
 from vflair_flower.session.header import Kind, Meta
 from vflair_flower.session.ledger import Ledger
@@ -71,6 +72,7 @@ class HubSession:
         join_deadline_s: float,
         on_lost: Callable[[str, str], None] | None,
         on_closed: Callable[["HubSession"], None],
+        emulate: LinkEmulation | None = None,
     ) -> None:
         check_seconds("deadline_s", deadline_s)
         check_seconds("join_deadline_s", join_deadline_s)
@@ -82,7 +84,7 @@ class HubSession:
         self._hosts = dict(hosts)
         self._on_lost = on_lost
         self._on_closed = on_closed
-        self._seats = {party: HubSeat(party, self._receive) for party in parties}
+        self._seats = {party: HubSeat(party, self._receive, emulate) for party in parties}
         self.tickets = {party: seat.ticket for party, seat in self._seats.items()}
         self._changed = threading.Condition(threading.RLock())
         self._joined: set[str] = set()

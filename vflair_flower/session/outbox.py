@@ -6,8 +6,11 @@ to its end, so that neither a deadline nor a slow reader can break a stream in t
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+
+from vflair_flower.session.emulation import DueTimes, LinkEmulation
 
 CAP_BYTES = 8 << 20
 """A frame is begun only while fewer bytes than this wait."""
@@ -24,13 +27,16 @@ class Outbox:
         A writer waits while so many bytes are queued.
     held : bool
         Whether the stream is still to come; until `release`, far more may wait.
+    emulate : LinkEmulation | None
+        A slower link than there is.
     """
 
-    def __init__(self, *, cap_bytes: int = CAP_BYTES, held: bool = False) -> None:
+    def __init__(self, *, cap_bytes: int = CAP_BYTES, held: bool = False, emulate: LinkEmulation | None = None) -> None:
         self._cap_bytes = cap_bytes
         self._held = held
         self._changed = threading.Condition()
-        self._chunks: deque[tuple[bytes, Callable[[], None] | None]] = deque()
+        self._due = DueTimes(emulate)
+        self._chunks: deque[tuple[bytes, Callable[[], None] | None, float]] = deque()
         self._bytes = 0
         self._writing = False
         self._finishing = False
@@ -77,7 +83,7 @@ class Outbox:
             for chunk in chunks:
                 with self._changed:
                     if not self._abandoned:
-                        self._chunks.append((chunk, on_taken))
+                        self._chunks.append((chunk, on_taken, self._due.next(len(chunk))))
                         self._bytes += len(chunk)
                         on_taken = None
                         self._changed.notify_all()
@@ -112,9 +118,11 @@ class Outbox:
     def __next__(self) -> bytes:
         with self._changed:
             self._changed.wait_for(lambda: self._chunks or self._abandoned or (self._finishing and not self._writing))
+            while self._chunks and (wait_s := self._chunks[0][2] - time.monotonic()) > 0:
+                self._changed.wait(wait_s)
             if not self._chunks:
                 raise StopIteration
-            chunk, on_taken = self._chunks.popleft()
+            chunk, on_taken, _ = self._chunks.popleft()
             self._bytes -= len(chunk)
             self._changed.notify_all()
         if on_taken is not None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 
 from vflair_flower.errors import FrameError, TicketError
 from vflair_flower.session.calls import HUB
+from vflair_flower.session.emulation import LinkEmulation
 from vflair_flower.session.frame import Frame
 from vflair_flower.session.header import Kind
 from vflair_flower.session.outbox import Outbox
@@ -30,12 +31,19 @@ class HubSeat:
         For whom.
     receive : Callable[[str, Iterator[bytes]], None]
         Takes what the party sends.
+    emulate : LinkEmulation | None
+        A slower link to it than there is.
     """
 
-    def __init__(self, party: str, receive: Callable[[str, Iterator[bytes]], None]) -> None:
+    def __init__(
+        self,
+        party: str,
+        receive: Callable[[str, Iterator[bytes]], None],
+        emulate: LinkEmulation | None = None,
+    ) -> None:
         self.party = party
         self.ticket = secrets.token_urlsafe(32)
-        self.outbox = Outbox(held=True)
+        self.outbox = Outbox(held=True, emulate=emulate)
         self.done = threading.Event()
         self._strangers: set[str] = set()
         self._digest = _digest_of(self.ticket)
