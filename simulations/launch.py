@@ -51,10 +51,11 @@ def main(
         _fail(str(error))
     run_id = settings.resume or settings.run_id or new_run_id()
     extra = {"run-id": "" if settings.resume else run_id, "base-dir": settings.base_dir or str(Path.cwd())}
-    configs = [*(run_config or []), " ".join(f"{key}={json.dumps(value)}" for key, value in extra.items())]
+    overrides = {**read_overrides(run_config or []), **extra}
+    config = " ".join(f"{key}={json.dumps(value)}" for key, value in overrides.items())
     run_dir = (Path(extra["base-dir"]) / settings.runs).resolve() / run_id
     for attempt in range(1, _ATTEMPTS + 1):
-        status, code, log_file = _run_once(configs, settings)
+        status, code, log_file = _run_once(config, settings)
         if code == 0 and status == "finished:completed" and (run_dir / "result.json").is_file():
             return
         if attempt == _ATTEMPTS or status != "finished:failed" or _has_begun(run_dir):
@@ -62,11 +63,11 @@ def main(
         typer.secho("\nFlower's simulation failed before the first round; starting it once more.", err=True)
 
 
-def _run_once(configs: list[str], settings: JobSettings | MoeSettings) -> tuple[str, int, Path]:
+def _run_once(config: str, settings: JobSettings | MoeSettings) -> tuple[str, int, Path]:
     """Return how Flower says that the run ended, the exit code of `flwr run`, and the SuperLink's log."""
     with _superlink() as (environment, log_file):
         command = [_tool("flwr"), "run", str(ROOT), CONNECTION, "--stream"]
-        command += [part for config in configs for part in ("--run-config", config)]
+        command += ["--run-config", config]
         command += ["--federation-config", _federation(settings)]
         code = subprocess.run(command, env=environment, check=False).returncode
         status = _final_status(environment) if code == 0 else "not started"
@@ -83,7 +84,7 @@ def read_settings(run_config: list[str]) -> JobSettings | MoeSettings:
     loaded = load_and_validate(ROOT / "pyproject.toml", check_module=False)
     project: dict[str, Any] = loaded[0] if isinstance(loaded, tuple) else loaded
     defaults = project["tool"]["flwr"]["app"]["config"]
-    overrides = parse_config_args(run_config or None)
+    overrides = read_overrides(run_config)
     unknown = sorted(set(overrides) - set(defaults))
     if unknown:
         raise ConfigurationError(
@@ -109,6 +110,14 @@ def _check(settings: JobSettings | MoeSettings) -> None:
     source = resolve_model(settings.model, settings.base)
     admit(read_config(source))
     footprint(source, settings.spec(task))
+
+
+def read_overrides(run_config: list[str]) -> dict[str, Any]:
+    """Return what text and TOML files set, the later over the earlier; `flwr run` takes either text or one file."""
+    found: dict[str, Any] = {}
+    for one in run_config:
+        found |= parse_config_args([one])
+    return found
 
 
 @contextmanager

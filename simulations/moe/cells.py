@@ -112,6 +112,8 @@ def run_cell(cell: Cell, settings: MoeSettings, model: str) -> CellResult:
             seed=cell.seed,
             work_dir=work_dir,
             deadline_s=settings.deadline_s,
+            wire_dtype=settings.moe_wire_dtype,
+            local_tolerance=settings.moe_local_tolerance,
         )
         outcome = train(cell.method, job, tokenizer)
         own_rows = texts.dealt(cell.parties, cell.partition, cell.seed, held_out=True)

@@ -36,7 +36,7 @@ CELL = "cell"
 SCHEMA_VERSION = 1
 _POLL_S = 0.2
 _MEMORY_ROWS, _MEMORY_TOKENS = 2, 64
-_SPEED_ROWS, _SPEED_TOKENS, _SPEED_STEPS, _SPEED_REPEATS = 4, 64, 6, 3
+_SPEED_ROWS, _SPEED_TOKENS, _SPEED_STEPS = 4, 64, 6
 _SPEED_DELAYS_S = (0.0, 0.01)
 _MODELS = ".models"
 
@@ -179,13 +179,19 @@ def _measured(settings: MoeSettings, model: str, run_dir: Path) -> dict[str, Any
                 one.parties,
                 100 * reduction,
             )
-    if several:
+    if several and settings.moe_speed_repeats:
         count = 4 if 4 in several else several[-1]
         for delay_s in _SPEED_DELAYS_S:
             speed = measure_speed(
-                model, count, rows=_SPEED_ROWS, tokens=_SPEED_TOKENS, steps=_SPEED_STEPS, repeats=_SPEED_REPEATS,
-                deadline_s=deadline_s, delay_s=delay_s,
-            )  # fmt: skip
+                model,
+                count,
+                rows=_SPEED_ROWS,
+                tokens=_SPEED_TOKENS,
+                steps=_SPEED_STEPS,
+                repeats=settings.moe_speed_repeats,
+                deadline_s=deadline_s,
+                delay_s=delay_s,
+            )
             found["speed"].append({**asdict(speed), "ratio": speed.ratio, "bound": speed.bound})
             said = {name: round(rate) for name, rate in speed.tokens_per_s.items()}
             log(INFO, "tokens per second at %d parties, %g ms away: %s", count, 1000 * delay_s, said)

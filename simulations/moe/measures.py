@@ -59,10 +59,12 @@ class Exactness:
         return self.logits and self.gradients and self.parameters
 
 
-def measure_exactness(model: str, parties: int, *, deadline_s: float) -> Exactness:
+def measure_exactness(
+    model: str, parties: int, *, deadline_s: float, experts: ExpertSettings | None = None
+) -> Exactness:
     """Train the same three steps with experts at `parties` parties and with the whole model."""
     torch.set_num_threads(1)  # products of one thread have one order
-    spec = _spec(model, steps=3, rows=2, tokens=32)
+    spec = _spec(model, steps=3, rows=2, tokens=32, experts=experts)
     whole = load_whole(model).train()
     for parameter in whole.parameters():
         parameter.data = parameter.data.clone()

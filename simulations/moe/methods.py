@@ -9,6 +9,10 @@
 | `pc-moe`             | a party's    | 1/n of experts   | experts, called at their hosts; all parties at once        |
 | `pc-moe-round-robin` | a party's    | 1/n of experts   | the same, one party's batch at a time, as in the paper     |
 
+and variants of `pc-moe`: `-int8` sends 8 bits per number; `-coactivation` places experts that are chosen together at
+one party; `-local` prefers own experts within a tolerance; `-opt-out` does without the last party's experts.
+
+
 J rows are in the joined batch, n parties: centralised training takes J rows a step, each of n parties J / n.
 """
 
@@ -34,7 +38,14 @@ from simulations.baseline import JoinedOrder
 from simulations.local_grid import LocalGrid
 from simulations.moe.choices import perplexity, row_likelihoods
 from vflair_flower.clients import ExpertParty, PartyRows
-from vflair_flower.experts import expert_layer_names, num_experts, place_experts
+from vflair_flower.experts import (
+    count_coactivation,
+    expert_layer_names,
+    num_experts,
+    place_by_coactivation,
+    place_experts,
+    route_locally,
+)
 from vflair_flower.experts.modules import expert_modules
 from vflair_flower.memory import ActivationMeter, MemoryParts, optimizer_bytes, tensor_bytes
 from vflair_flower.partition import load_config, resolve_model
@@ -42,11 +53,13 @@ from vflair_flower.partition.loading import quiet
 from vflair_flower.settings import ExpertSettings, OptimizerSettings, TaskKind, TaskSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies import CollaborativeMoE, HubSettings
-from vflair_flower.tasks import BatchOrder, PromptRow, encode_responses
+from vflair_flower.tasks import BatchOrder, PromptRow, collate, encode_responses
 from vflair_flower.training import train_steps
 
 WRITE = TaskSettings(kind=TaskKind.CAUSAL_LM)
 _EVALUATION_BATCH = 32
+_COUNTED_ROWS = 32
+"""Rows of each party that experts' choices are counted on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +84,10 @@ class Job:
         For parties' own files.
     deadline_s : float
         For calls between parties.
+    wire_dtype : str
+        Of what PC-MoE sends.
+    local_tolerance : float
+        Of `pc-moe-local`.
     """
 
     model: str
@@ -81,6 +98,8 @@ class Job:
     seed: int
     work_dir: Path
     deadline_s: float
+    wire_dtype: str
+    local_tolerance: float
 
 
 @dataclass(kw_only=True)
@@ -225,6 +244,7 @@ def pc_moe(job: Job, tokenizer: PreTrainedTokenizerBase, experts: ExpertSettings
         optimizer=job.optimizer,
         training=job.training,
         experts=experts,
+        wire_dtype=job.wire_dtype,
         averaging="none",
         seed=job.seed,
     )
@@ -322,10 +342,11 @@ def _joined_models(spec: SplitSpec, job: Job, parties: int) -> Iterator[PreTrain
             for full, part in trained.items():
                 if full.startswith(f"{layer}."):
                     held[full][experts] = part
-    for state in states:
+    for name, state in zip(names, states, strict=True):
         own = copy.deepcopy(model)
         nn.Module.load_state_dict(own, state["own"], strict=False)
-        yield own
+        with route_locally(own, spec.experts, placement, name):
+            yield own
 
 
 def _newest(folder: Path) -> dict[str, Any]:
@@ -347,11 +368,35 @@ _BASELINES = {
     "fedavg": fedavg,
     "fedavg-experts": fedavg_experts,
 }
-_SCHEDULES = {"pc-moe": "concurrent", "pc-moe-round-robin": "round-robin"}
 
 
 def train(method: str, job: Job, tokenizer: PreTrainedTokenizerBase) -> Outcome:
     """Train by the method of a name."""
-    if method in _SCHEDULES:
-        return pc_moe(job, tokenizer, ExpertSettings(schedule=_SCHEDULES[method]))
-    return _BASELINES[method](job, tokenizer)
+    if method in _BASELINES:
+        return _BASELINES[method](job, tokenizer)
+    return pc_moe(job, tokenizer, _variant(method, job, tokenizer))
+
+
+def _variant(method: str, job: Job, tokenizer: PreTrainedTokenizerBase) -> ExpertSettings:
+    if method == "pc-moe-round-robin":
+        return ExpertSettings(schedule="round-robin")
+    if method == "pc-moe-int8":
+        return ExpertSettings(codec="int8")
+    if method == "pc-moe-local":
+        return ExpertSettings(local_tolerance=job.local_tolerance)
+    if method == "pc-moe-opt-out":
+        return ExpertSettings(opted_out=(len(job.rows) - 1,))
+    if method == "pc-moe-coactivation":
+        return ExpertSettings(placement="table", table=_coactivation_table(job, tokenizer))
+    return ExpertSettings()
+
+
+def _coactivation_table(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:
+    """Return a placement by what the pretrained model chooses together on some rows of every party."""
+    rows = [row for part in job.rows for row in part[:_COUNTED_ROWS]]
+    encoded = encode_responses(rows, tokenizer, max_tokens=job.training.max_tokens)
+    batches = [
+        collate(encoded[start : start + _EVALUATION_BATCH], pad_token_id=int(tokenizer.pad_token_id)).inputs
+        for start in range(0, len(encoded), _EVALUATION_BATCH)
+    ]
+    return place_by_coactivation(count_coactivation(load_whole(job.model), batches), len(job.rows))

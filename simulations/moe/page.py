@@ -25,6 +25,10 @@ COLORS = {
     "fedavg-experts": "#5aa88f",
     "pc-moe": "#1f5fbf",
     "pc-moe-round-robin": "#7a6bb8",
+    "pc-moe-int8": "#8fb6ea",
+    "pc-moe-coactivation": "#2f8f9d",
+    "pc-moe-local": "#8a4b08",
+    "pc-moe-opt-out": "#1d2530",
 }
 _PARTS = (("parameters", "#1f5fbf"), ("gradients", "#8fb6ea"), ("optimizer", "#e0a23c"), ("activations", "#7a6bb8"))
 
@@ -35,7 +39,8 @@ def write_page(result: dict[str, Any], path: Path) -> Path:
     for name in ("count", "large", "size", "percent", "duration"):
         environment.filters[name] = getattr(numbers, name)
     environment.filters["spread"] = _spread
-    partitions = sorted({line["partition"] for line in result["table"]})
+    compared = [line for line in result["table"] if line["method"] != "centralised"]
+    partitions = sorted({line["partition"] for line in compared or result["table"]})
     page = environment.from_string(PAGE).render(
         result=result,
         moe=result["moe"],

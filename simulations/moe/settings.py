@@ -9,8 +9,20 @@ from typing import Any, Self
 from simulations.run_config import read_run_config
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.settings import one_of
+from vflair_flower.spec import WIRE_DTYPES
 
-METHODS = ("centralised", "isolated", "fedavg", "fedavg-experts", "pc-moe", "pc-moe-round-robin")
+METHODS = (
+    "centralised",
+    "isolated",
+    "fedavg",
+    "fedavg-experts",
+    "pc-moe",
+    "pc-moe-round-robin",
+    "pc-moe-int8",
+    "pc-moe-coactivation",
+    "pc-moe-local",
+    "pc-moe-opt-out",
+)
 PARTITIONS = ("iid", "skewed")
 
 
@@ -31,10 +43,13 @@ class MoeSettings:
     moe_batch_size: int
     moe_max_tokens: int
     moe_learning_rate: float
+    moe_wire_dtype: str
+    moe_local_tolerance: float
     moe_rows: int
     moe_held_out_rows: int
     moe_choice_rows: int
     moe_cells_at_once: int
+    moe_speed_repeats: int
     moe_memory_shape: str
     deadline_s: float
     runs: str
@@ -47,16 +62,18 @@ class MoeSettings:
             one_of("moe-methods", name, METHODS)
         for name in self.partitions:
             one_of("moe-partitions", name, PARTITIONS)
+        one_of("moe-wire-dtype", self.moe_wire_dtype, tuple(WIRE_DTYPES))
+        if not self.moe_local_tolerance > 0.0:
+            raise ConfigurationError(f"moe-local-tolerance is {self.moe_local_tolerance}; choose a number above 0.")
         one_of("moe-memory-shape", self.moe_memory_shape, ("small", "medium", "none"))
-        for name in ("rounds", "steps", "batch_size", "rows", "held_out_rows", "cells_at_once"):
+        for name in ("pretraining_steps", "rounds", "steps", "batch_size", "rows", "held_out_rows", "cells_at_once"):
             value = getattr(self, f"moe_{name}")
             if value < 1:
                 raise ConfigurationError(f"moe-{name.replace('_', '-')} is {value}; choose 1 or more.")
-        if self.moe_choice_rows < 0 or self.moe_pretraining_steps < 1:
-            raise ConfigurationError(
-                f"moe-choice-rows is {self.moe_choice_rows} and moe-pretraining-steps {self.moe_pretraining_steps}; "
-                "choose 0 or more, and 1 or more."
-            )
+        for name in ("choice_rows", "speed_repeats"):
+            value = getattr(self, f"moe_{name}")
+            if value < 0:
+                raise ConfigurationError(f"moe-{name.replace('_', '-')} is {value}; choose 0 (none) or more.")
         if not self.parties or not self.seeds or not self.methods or not self.partitions:
             raise ConfigurationError("moe-parties, moe-seeds, moe-methods and moe-partitions each need an entry.")
         odd = [n for n in self.parties if n < 1 or self.moe_batch_size % n]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.experts.conftest import MOE, batch_of
-from tests.experts.worker import Invitation, Worker
+from tests.experts.worker import Invitation, Worker, first_gradients
 from vflair_flower.experts import (
     ExpertCaller,
     ExpertHost,
@@ -78,6 +78,7 @@ def test_three_steps_between_processes_are_those_of_the_whole_model(
         model, own = loaded.model.train(), placement.experts_of(names[0])
         module = load_experts(house.source, dict(zip(layers, own, strict=True)), house.spec.task)
         host = ExpertHost(module, layers, own, house.spec, deadline_s=60)
+        noted = first_gradients(host)
         host.begin(names[:1], training=True)
         ticket = session.tickets[names[0]]
         link = connect(
@@ -104,13 +105,19 @@ def test_three_steps_between_processes_are_those_of_the_whole_model(
                     caller.step(step=step, total_steps=0)
                 caller.finish()
             caller.close()
-        trained = [host.trained_state(), *(worker.answer() for worker in workers)]
+        found_at = [(host.trained_state(), noted), *(worker.answer() for worker in workers)]
         session.close()
     expected = dict(whole.named_parameters())
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, expected[name]), name
-    for name, part in zip(names, trained, strict=True):
-        for parameter, tensor in part.items():
+    seen = set()
+    for name, (trained, own_gradients) in zip(names, found_at, strict=True):
+        for parameter, tensor in trained.items():
             layer = next(index for index, own in enumerate(layers) if parameter.startswith(f"{own}."))
             experts = list(placement.experts_of(name)[layer])
             assert torch.equal(torch.as_tensor(tensor), expected[parameter][experts]), (name, parameter)
+            whole_gradient = gradients[parameter][experts]
+            gradient = own_gradients.get(parameter, torch.zeros_like(whole_gradient))  # none, where no token came
+            assert torch.equal(torch.as_tensor(gradient), whole_gradient), (name, parameter)
+            seen.add(parameter)
+    assert seen == gradients.keys() - found.keys()

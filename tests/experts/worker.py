@@ -41,8 +41,8 @@ class Worker:
     def invite(self, invitation: Invitation) -> None:
         self._pipe.send(invitation)
 
-    def answer(self) -> dict[str, Tensor]:
-        """Return the host's trained parameters after a session, as numpy arrays."""
+    def answer(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the host's trained parameters after a session and the gradients of its first step."""
         assert self._pipe.poll(60), "a host's process did not come back from its session"
         return self._pipe.recv()
 
@@ -50,6 +50,20 @@ class Worker:
         self._pipe.close()
         self._process.kill()
         self._process.join(10)
+
+
+def first_gradients(host: Any) -> dict[str, Tensor]:
+    """Let a host note the gradients that its first step is taken with; they are there once it has stepped."""
+    noted: dict[str, Tensor] = {}
+    step = host._update.step
+
+    def noting(party: str, request: Any) -> None:
+        if not noted:
+            noted.update({name: gradient.clone() for name, gradient in host._update.pending(party).items()})
+        step(party, request)
+
+    host._update.step = noting
+    return noted
 
 
 def _serve(pipe: Connection) -> None:
@@ -82,6 +96,7 @@ def _serve(pipe: Connection) -> None:
         own = placement.experts_of(asked.party)
         module = load_experts(source, dict(zip(layers, own, strict=True)), spec.task)
         host = ExpertHost(module, layers, own, spec, deadline_s=asked.deadline_s)
+        noted = first_gradients(host)
         host.begin(asked.parties[:1], training=True)  # the first of them is the one that trains
         link = connect(
             asked.address,
@@ -94,4 +109,5 @@ def _serve(pipe: Connection) -> None:
         with link:
             link.serve(host)
             host.wait_for_owners(60)
-        pipe.send({name: tensor.numpy() for name, tensor in host.trained_state().items()})
+        found = (host.trained_state(), noted)
+        pipe.send([{name: tensor.numpy() for name, tensor in part.items()} for part in found])

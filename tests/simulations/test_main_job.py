@@ -1,5 +1,6 @@
 """The main job on an in-process grid: what it writes, how it resumes, what it refuses."""
 
+import dataclasses
 import json
 import tomllib
 from pathlib import Path
@@ -12,6 +13,8 @@ from transformers import AutoModelForSequenceClassification
 
 import simulations.client_app
 import simulations.server_app
+from simulations.jobs import read_job
+from simulations.moe.settings import MoeSettings
 from simulations.settings import JobSettings
 from tests.inprocess_grid import InProcessGrid
 from vflair_flower.errors import CheckpointError, ConfigurationError
@@ -150,5 +153,12 @@ def test_resume_of_nothing_is_refused(tmp_path, easy_rows, tiny_bert):
 
 
 def test_settings_know_every_key_of_the_run_configuration():
-    settings = JobSettings.from_run_config(defaults())
-    assert settings.to_flat() == defaults()
+    known = defaults()
+    moe = {f.name.replace("_", "-") for f in dataclasses.fields(MoeSettings)}
+    split = JobSettings.from_run_config(known).to_flat()
+    assert split.keys() | moe | {"job"} == known.keys()
+    assert all(known[name] == value for name, value in split.items())
+    assert isinstance(read_job(known), JobSettings)
+    assert isinstance(read_job({**known, "job": "moe"}), MoeSettings)
+    with pytest.raises(ConfigurationError, match="job is 'magic'"):
+        read_job({**known, "job": "magic"})
