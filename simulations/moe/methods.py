@@ -9,8 +9,9 @@
 | `pc-moe`             | a party's    | 1/n of experts   | experts, called at their hosts; all parties at once        |
 | `pc-moe-round-robin` | a party's    | 1/n of experts   | the same, one party's batch at a time, as in the paper     |
 
-and variants of `pc-moe`: `-int8` sends 8 bits per number; `-coactivation` places experts that are chosen together at
-one party; `-local` prefers own experts within a tolerance; `-opt-out` does without the last party's experts.
+and variants of `pc-moe`: `-averaged` averages the gradients of own models at every step; `-int8` sends 8 bits per
+number; `-coactivation` places experts that are chosen together at one party; `-local` prefers own experts within a
+tolerance; `-opt-out` does without the last party's experts.
 
 
 J rows are in the joined batch, n parties: centralised training takes J rows a step, each of n parties J / n.
@@ -234,7 +235,7 @@ def fedavg_experts(job: Job, tokenizer: PreTrainedTokenizerBase) -> Outcome:
     return _averaged(job, tokenizer, learners, shared)
 
 
-def pc_moe(job: Job, tokenizer: PreTrainedTokenizerBase, experts: ExpertSettings) -> Outcome:
+def pc_moe(job: Job, experts: ExpertSettings, *, averaging: str = "none") -> Outcome:
     """Train by `CollaborativeMoE`, its parties as threads of this process."""
     parties = len(job.rows)
     spec = SplitSpec(
@@ -245,7 +246,7 @@ def pc_moe(job: Job, tokenizer: PreTrainedTokenizerBase, experts: ExpertSettings
         training=job.training,
         experts=experts,
         wire_dtype=job.wire_dtype,
-        averaging="none",
+        averaging=averaging,
         seed=job.seed,
     )
     app = ClientApp()
@@ -374,7 +375,8 @@ def train(method: str, job: Job, tokenizer: PreTrainedTokenizerBase) -> Outcome:
     """Train by the method of a name."""
     if method in _BASELINES:
         return _BASELINES[method](job, tokenizer)
-    return pc_moe(job, tokenizer, _variant(method, job, tokenizer))
+    averaging = "step" if method == "pc-moe-averaged" else "none"
+    return pc_moe(job, _variant(method, job, tokenizer), averaging=averaging)
 
 
 def _variant(method: str, job: Job, tokenizer: PreTrainedTokenizerBase) -> ExpertSettings:

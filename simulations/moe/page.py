@@ -25,6 +25,7 @@ COLORS = {
     "fedavg-experts": "#5aa88f",
     "pc-moe": "#1f5fbf",
     "pc-moe-round-robin": "#7a6bb8",
+    "pc-moe-averaged": "#1f6f4f",
     "pc-moe-int8": "#8fb6ea",
     "pc-moe-coactivation": "#2f8f9d",
     "pc-moe-local": "#8a4b08",
@@ -179,10 +180,12 @@ def _memory(moe: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**line, "share": line["measured"] / whole["measured"]} for line in lines]
 
 
-def _spread(value: dict[str, float | None] | None, digits: int = 1, factor: float = 1.0, unit: str = "") -> str:
+def _spread(value: dict[str, float | None] | None, digits: int = 1, factor: float = 1.0, unit: str = "") -> Markup:
+    """Return a mean, and beneath it its interval where there is one."""
     if value is None or value["mean"] is None or not math.isfinite(value["mean"]):
-        return numbers.DASH
-    text = f"{factor * value['mean']:.{digits}f}{unit}"
+        return Markup(numbers.DASH)
+    text = Markup("{}{}").format(f"{factor * value['mean']:.{digits}f}", unit)
     if value["low"] is None or value["high"] is None:
         return text
-    return f"{text} ({factor * value['low']:.{digits}f} to {factor * value['high']:.{digits}f})"
+    low, high = (f"{factor * value[end]:.{digits}f}" for end in ("low", "high"))  # type: ignore[operator]
+    return text + Markup('<span class="small">{} to {}</span>').format(low, high)

@@ -209,12 +209,15 @@ def test_one_party_is_centralised_training_and_every_method_learns(settings):
 def test_variants_do_what_they_say(settings):
     """Less is sent where numbers are smaller, own experts are preferred or one party's are not called."""
     results = {}
-    for method in ("pc-moe", "pc-moe-int8", "pc-moe-local", "pc-moe-opt-out", "pc-moe-coactivation"):
+    for method in ("pc-moe", "pc-moe-averaged", "pc-moe-int8", "pc-moe-local", "pc-moe-opt-out", "pc-moe-coactivation"):
         cell = Cell(seed=0, partition="skewed", parties=2, method=method)
         results[method] = run_cell(cell, settings, settings.moe_model)
     plain, placed = results.pop("pc-moe"), results.pop("pc-moe-coactivation")
     assert placed.perplexity == pytest.approx(plain.perplexity, rel=1e-5)  # where experts are changes nothing
     assert placed.bytes_per_token != plain.bytes_per_token
+    averaged = results.pop("pc-moe-averaged")
+    assert len(set(averaged.perplexity_by_party)) == 1
+    assert averaged.bytes_per_token > plain.bytes_per_token
     for method, found in results.items():
         assert found.bytes_per_token < plain.bytes_per_token, method
         assert found.perplexity != plain.perplexity
