@@ -7,8 +7,8 @@ It trains and serves at the same time, until every party is done.  Its own model
 between rounds; its own model leaves it only where the job averages (`SplitSpec.averaging`).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,10 @@ from vflair_flower.experts import (
     tune_experts,
 )
 from vflair_flower.experts.balance import BALANCER, balances_jointly, exchange_over, load_balance
+from vflair_flower.experts.blocks import LentChannel
 from vflair_flower.experts.body import BodyLink, StepsOfBoth
+from vflair_flower.experts.handoff import hands_off
+from vflair_flower.experts.leads import Lead
 from vflair_flower.experts.loading import own_segment
 from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.memory import MemoryParts
@@ -81,10 +84,18 @@ class ExpertSession(PartySession):
         calls: StepCalls,
         host: ExpertHost,
         lost_hosts: dict[str, str],
+        lead: Lead | None = None,
     ) -> None:
         super().__init__(message, own, link, calls)
         self.host = host
         self.lost_hosts = lost_hosts
+        self._lead = lead
+
+    def before_step(self) -> None:
+        """Add what others' steps have left for this party's own model, then as everywhere."""
+        if self._lead is not None:
+            self._lead.add_gradients()
+        super().before_step()
 
     def report(self) -> RoundReport:
         """Return what was measured so far, experts included."""
@@ -219,11 +230,18 @@ def expert_session(
     if arrays:
         load_trained_state(model, arrays.to_torch_state_dict())
     model.train(offer.training)
+    lead = Lead(loaded, model, channel, host, placement, spec, party=offer.party) if hands_off(spec) else None
+    if lead is not None and saved is not None:
+        lead.load_state(saved["waiting"])
     host.begin(offer.parties, training=offer.training)
     own = DataSegment(spec=spec, source=source, model=model, channel=loaded.channel)
-    with connect_to(offer) as link:
-        link.on_lost(lambda party, _reason: host.leave(party, lost=True))
-        link.serve(host)
+    with connect_to(offer) as link, ExitStack() as leading:
+        if lead is not None:
+            leading.callback(lead.close)
+            entered = lead.joined(link, offer.parties, training=offer.training, deadline_s=offer.deadline_s)
+            leading.enter_context(entered)
+        link.on_lost(lambda party, _reason: (lead or host).leave(party, lost=True))
+        link.serve(lead or host)
         caller = ExpertCaller(link, host, placement, spec)
         body = RemoteSegment(BodyLink(link), spec)
         try:
@@ -233,15 +251,17 @@ def expert_session(
             joined = channel.joined(caller), loaded.channel.joined(body)
             with joined[0], joined[1], routing, load_balance(model, spec, exchange):
                 calls: StepCalls = caller if loaded.segment.is_whole else StepsOfBoth(caller, body)
-                session = ExpertSession(message, own, link, calls, host, caller.lost)
+                session = ExpertSession(message, own, link, calls, host, caller.lost, lead)
                 yield session
                 session.finish()
             host.wait_for_owners(_WAIT_FOR_OTHERS * offer.deadline_s)
         finally:
             caller.close()
     if offer.training:
-        kept: Mapping[str, Any] = {"own": trained_state(model, copied=False), "host": host.state()}
-        store.save(offer.server_round, dict(kept))
+        kept: dict[str, Any] = {"own": trained_state(model, copied=False), "host": host.state()}
+        if lead is not None:
+            kept["waiting"] = lead.state()
+        store.save(offer.server_round, kept)
 
 
 def _own_model(source: ModelSource, spec: SplitSpec) -> tuple[LoadedSegment, nn.Module, ExpertChannel]:
@@ -249,7 +269,10 @@ def _own_model(source: ModelSource, spec: SplitSpec) -> tuple[LoadedSegment, nn.
     if spec.experts is None:
         raise ConfigurationError("the message is of a job without experts; register a DataParty for it.")
     segment = own_segment(load_admitted_config(source, spec.task), spec)
-    loaded, channel = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed, segment=segment)
+    joint = LentChannel() if hands_off(spec) else ExpertChannel()
+    loaded, channel = load_backbone(
+        source, spec.task, weights=spec.weights, seed=spec.seed, segment=segment, channel=joint
+    )
     model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
     if spec.training.gradient_checkpointing:
         checkpoint_owner(loaded, channel)

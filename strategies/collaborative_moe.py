@@ -5,9 +5,9 @@
         result = strategy.start(grid)
 
 Each party keeps its rows and a model without experts of its own; it hosts a share of every layer's experts, which all
-parties call through the hub.  Nothing is held here.  Where we differ from the paper: a token's expert outputs return
-to its owner ("return"), which equals the whole model exactly; the paper hands the token on to the expert's host, and
-leaves open what attention over tokens at different hosts would be.
+parties call through the hub.  Nothing is held here.  Where we differ from the paper: by default a token's expert outputs
+return to its owner ("return"), which equals the whole model exactly; the paper hands the token on to the expert's host,
+and leaves open what attention over tokens at different hosts would be: `semantics="hand-off-..."` is our reading.
 """
 
 from logging import INFO
@@ -24,14 +24,16 @@ from vflair_flower.experts import expert_agreement, expert_layer_names, load_bac
 from vflair_flower.experts.adapters import refuse_expert_tuning
 from vflair_flower.experts.balance import refuse_balance
 from vflair_flower.experts.body import BodyChannel, SpreadBody, joint_agreement
+from vflair_flower.experts.handoff import hands_off, refuse_hand_off
 from vflair_flower.experts.loading import backbone_parameters
 from vflair_flower.experts.routing import check_enough_experts, opted_out_experts
 from vflair_flower.partition import refuse_trained_copies, resolve_model
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import BodyMode, agreement_for
+from vflair_flower.settings import DecodingSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies.gathering import Gathering
-from vflair_flower.strategies.generation import WritingStrategy
+from vflair_flower.strategies.generation import GenerationCounts, WritingStrategy
 from vflair_flower.strategies.hub_settings import HubSettings
 from vflair_flower.strategies.sessions import RoundSession, SessionSettings
 
@@ -132,6 +134,18 @@ class CollaborativeMoE(WritingStrategy):
             )
         return super()._invite(asked, server_round, training=training)
 
+    def generate(
+        self, grid: Grid, decoding: DecodingSettings | None = None, *, timeout: float = 3600
+    ) -> list[GenerationCounts]:
+        """Have every party write texts (`WritingStrategy.generate`); refused with hand-off, which keeps no caches."""
+        if hands_off(self.spec):
+            assert self.spec.experts is not None
+            raise ConfigurationError(
+                f"semantics is {self.spec.experts.semantics!r}, and texts are written with key-value caches, which "
+                "leads do not keep. Measure losses with `evaluate`, or train with semantics='return' to write."
+            )
+        return super().generate(grid, decoding, timeout=timeout)
+
     def export(self, grid: Grid, folder: Path, *, model_of: str | None = None, timeout: float = 3600) -> None:
         """Write what was trained as one checkpoint that plain ``from_pretrained`` loads, if every party agrees.
 
@@ -197,6 +211,7 @@ def check_expert_job(spec: SplitSpec) -> None:
     if spec.experts is None:
         raise ConfigurationError("experts is not set in the job's specification; set experts=ExpertSettings().")
     refuse_expert_tuning(spec)
+    refuse_hand_off(spec)
     if spec.averaging == "step" and spec.experts.schedule != "concurrent":
         raise ConfigurationError(
             f"averaging is 'step' and the schedule {spec.experts.schedule!r}: averaging waits for all parties at every "

@@ -213,6 +213,10 @@ class ExpertSettings:
     balance_coefficient : float
         Of the load-balancing loss that is added in training, over all parties' tokens where they train at once
         (`vflair_flower.experts.balance`); 0 for none, which is what OLMoE (arXiv 2409.02060) found best in fine-tuning.
+    semantics : str
+        ``"return"``: an expert's output comes back to its token's owner, and all is the whole model's function; or, as
+        in the paper, the party whose experts weigh most runs the next block with its own model: for a whole sequence
+        (``"hand-off-sequence"``) or for each token (``"hand-off-token"``; `vflair_flower.experts.handoff`).
     """
 
     backbone: str = "party"
@@ -229,6 +233,7 @@ class ExpertSettings:
     local_tolerance: float = 0.0
     trained: str = "all"
     balance_coefficient: float = 0.0
+    semantics: str = "return"
 
     def __post_init__(self) -> None:
         one_of("backbone", self.backbone, ("party", "split"))
@@ -282,6 +287,21 @@ class ExpertSettings:
             raise ConfigurationError(
                 f"balance_coefficient is {self.balance_coefficient} and opted_out or local_tolerance is set: the loss "
                 "would even out choices that are not made. Use one of them."
+            )
+        one_of("semantics", self.semantics, ("return", "hand-off-sequence", "hand-off-token"))
+        needed: dict[str, object] = {
+            "schedule": "round-robin",
+            "backbone": "party",
+            "replicas": 1,
+            "on_host_lost": "fail",
+            "local_tolerance": 0.0,
+            "balance_coefficient": 0.0,
+        }
+        odd = [name for name, value in needed.items() if getattr(self, name) != value]
+        if self.semantics != "return" and odd:
+            raise ConfigurationError(
+                f"semantics is {self.semantics!r} and {odd[0]} {getattr(self, odd[0])!r}; where tokens are handed from "
+                f"party to party, one party's batch is trained at a time, and {odd[0]} must be {needed[odd[0]]!r}."
             )
 
 

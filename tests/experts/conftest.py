@@ -15,6 +15,7 @@ from tests.writers import save_writer
 from vflair_flower.certificate import TINY
 from vflair_flower.experts import (
     ExpertCaller,
+    ExpertChannel,
     ExpertHost,
     Placement,
     expert_agreement,
@@ -25,6 +26,9 @@ from vflair_flower.experts import (
     place_experts,
     tune_experts,
 )
+from vflair_flower.experts.blocks import LentChannel
+from vflair_flower.experts.handoff import hands_off
+from vflair_flower.experts.leads import Lead
 from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.partition import ModelSource, make_trainable, resolve_model
 from vflair_flower.partition.sources import load_config
@@ -52,11 +56,14 @@ class Company:
     host: ExpertHost
     caller: ExpertCaller
     optimizer: torch.optim.Optimizer
+    lead: Lead | None = None
 
     def train(self, batch: dict[str, Tensor], step: int = 0) -> float:
         self.optimizer.zero_grad()
         loss = self.model(**batch).loss
         loss.backward()
+        if self.lead is not None:
+            self.lead.add_gradients()
         self.optimizer.step()
         self.caller.step(step=step, total_steps=0)
         return float(loss.detach())
@@ -92,7 +99,10 @@ class House:
             stack.callback(session.close)
             companies = []
             for name in names:
-                loaded, channel = load_backbone(self.source, self.spec.task, weights=self.spec.weights, seed=3)
+                joint = LentChannel() if hands_off(self.spec) else ExpertChannel()
+                loaded, channel = load_backbone(
+                    self.source, self.spec.task, weights=self.spec.weights, seed=3, channel=joint
+                )
                 model = make_trainable(loaded, self.spec.tuning, self.spec.task, seed=self.spec.seed)
                 if self.spec.training.gradient_checkpointing:
                     checkpoint_owner(loaded, channel)
@@ -111,12 +121,21 @@ class House:
                     deadline_s=deadline_s,
                 )
                 stack.callback(link.abandon)
-                link.serve(host)
+                lead = None
+                if hands_off(self.spec):
+                    lead = Lead(loaded, model, channel, host, placement, self.spec, party=name)
+                    stack.callback(lead.close)
+                    stack.enter_context(lead.joined(link, names, training=training, deadline_s=deadline_s))
+                link.serve(lead or host)
                 caller = ExpertCaller(link, host, placement, self.spec)
                 stack.callback(caller.close)
                 stack.enter_context(channel.joined(caller))
                 optimizer = self.spec.optimizer.build([p for p in model.parameters() if p.requires_grad])
-                companies.append(Company(name=name, model=model.train(), host=host, caller=caller, optimizer=optimizer))
+                companies.append(
+                    Company(
+                        name=name, model=model.train(), host=host, caller=caller, optimizer=optimizer, lead=lead
+                    )
+                )
             yield companies
 
 

@@ -155,11 +155,29 @@ class ExpertHost:
         if self._training:
             self._update.leave(party, lost=lost)
 
-    def wait_for_owners(self, timeout_s: float) -> None:
-        """Wait until every owner has finished or is lost, as long as others are at work; raises DeadlineError."""
+    def take_turn(self, owner: str) -> None:
+        """Wait until it is an owner's turn to run its model, where they do so one after another (hand-off).
+
+        In training a turn lasts until the owner's step; else until it has finished.
+
+        Raises
+        ------
+        DeadlineError
+            If the turn does not come in time.
+        """
+        if self._training:
+            self._update.before_forward(owner)
+        else:
+            self.wait_for_owners(self._deadline_s, before=owner)
+
+    def wait_for_owners(self, timeout_s: float, *, before: str | None = None) -> None:
+        """Wait until every owner has finished or is lost, as long as others are at work; raises DeadlineError.
+
+        With `before`, owners whose names come after it are not waited for.
+        """
         began = time.monotonic()
         with self._changed:
-            while self._open:
+            while any(before is None or owner < before for owner in self._open):
                 left_s = max(began, self._heard) + timeout_s - time.monotonic()
                 if left_s <= 0.0:
                     raise DeadlineError(

@@ -15,7 +15,7 @@ hidden, G groups of numbers with a scale.
 token goes to a host once, however many of its experts it is routed to.  The router's weights go there in the backward
 pass (the gradient of a row is the token's times its weight), and with ``combine="host"`` in the forward pass as well.
 Where experts have copies, the reply to a step says in plain values which step it was and whose gradients it was taken
-with.  With the codec ``"int8"`` each float tensor is followed by its scales, `<name>_scale` [., G].
+with.  What hand-off adds is in `vflair_flower.experts.block_calls`.  With the codec ``"int8"`` each float tensor is followed by its scales, `<name>_scale` [., G].
 """
 
 import math
@@ -27,6 +27,7 @@ from transformers import PreTrainedConfig
 
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.experts.balance import BALANCE, balance_operation, balances_jointly
+from vflair_flower.experts.block_calls import block_operations
 from vflair_flower.partition.structure import hidden_size
 from vflair_flower.remote.protocol import AVERAGE, BACKWARD, FINISH, FORWARD, STEP
 from vflair_flower.session import Agreement, OperationSpec, TensorSpec
@@ -82,6 +83,8 @@ def expert_agreement(spec: SplitSpec, config: PreTrainedConfig, *, trained_param
     if spec.averaging == "step":
         gradient = TensorSpec("gradient", (torch.float32,), (trained_parameters,), (True,))
         operations[AVERAGE] = OperationSpec((gradient,), (gradient,))
+    if spec.experts.semantics != "return":
+        operations |= block_operations(spec, config)
     if balances_jointly(spec):
         operations[BALANCE] = balance_operation(config)
     return Agreement(operations=operations)
