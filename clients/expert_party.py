@@ -8,7 +8,7 @@ between rounds; its own model leaves it only where the job averages (`SplitSpec.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -109,8 +109,10 @@ class ExpertSession(PartySession):
 
     def memory(self) -> MemoryParts:
         """Return the peak memory of this party's own model and its experts together, by part."""
-        own, hosted = super().memory().to_json(), self.host.memory().to_json()
-        return MemoryParts(**{name: count + hosted[name] for name, count in own.items()})
+        own, more = super().memory().to_json(), [self.host.memory().to_json()]
+        if self._lead is not None:
+            more.append(self._lead.memory().to_json())
+        return MemoryParts(**{name: count + sum(part[name] for part in more) for name, count in own.items()})
 
     def finish(self) -> None:
         """Tell the others that no more steps come."""
@@ -230,16 +232,13 @@ def expert_session(
     if arrays:
         load_trained_state(model, arrays.to_torch_state_dict())
     model.train(offer.training)
-    lead = Lead(loaded, model, channel, host, placement, spec, party=offer.party) if hands_off(spec) else None
-    if lead is not None and saved is not None:
-        lead.load_state(saved["waiting"])
+    lead = None
+    if hands_off(spec):
+        waiting = {} if saved is None else saved["waiting"]
+        lead = Lead(loaded, model, channel, host, placement, spec, party=offer.party, waiting=waiting)
     host.begin(offer.parties, training=offer.training)
     own = DataSegment(spec=spec, source=source, model=model, channel=loaded.channel)
-    with connect_to(offer) as link, ExitStack() as leading:
-        if lead is not None:
-            leading.callback(lead.close)
-            entered = lead.joined(link, offer.parties, training=offer.training, deadline_s=offer.deadline_s)
-            leading.enter_context(entered)
+    with connect_to(offer) as link, _leading(lead, link, offer):
         link.on_lost(lambda party, _reason: (lead or host).leave(party, lost=True))
         link.serve(lead or host)
         caller = ExpertCaller(link, host, placement, spec)
@@ -262,6 +261,12 @@ def expert_session(
         if lead is not None:
             kept["waiting"] = lead.state()
         store.save(offer.server_round, kept)
+
+
+def _leading(lead: Lead | None, link: Link, offer: SessionOffer) -> AbstractContextManager[object]:
+    if lead is None:
+        return nullcontext()
+    return lead.joined(link, offer.parties, training=offer.training, deadline_s=offer.deadline_s)
 
 
 def _own_model(source: ModelSource, spec: SplitSpec) -> tuple[LoadedSegment, nn.Module, ExpertChannel]:

@@ -5,9 +5,10 @@
         result = strategy.start(grid)
 
 Each party keeps its rows and a model without experts of its own; it hosts a share of every layer's experts, which all
-parties call through the hub.  Nothing is held here.  Where we differ from the paper: by default a token's expert outputs
-return to its owner ("return"), which equals the whole model exactly; the paper hands the token on to the expert's host,
-and leaves open what attention over tokens at different hosts would be: `semantics="hand-off-..."` is our reading.
+parties call through the hub.  Nothing is held here.  Where we differ from the paper: by default a token's expert
+outputs return to its owner ("return"), which equals the whole model exactly; the paper hands the token on to the
+expert's host, and leaves open what attention over tokens at different hosts would be; `ExpertSettings.semantics` has
+our reading of that.
 """
 
 from logging import INFO

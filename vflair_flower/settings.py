@@ -288,12 +288,16 @@ class ExpertSettings:
                 f"balance_coefficient is {self.balance_coefficient} and opted_out or local_tolerance is set: the loss "
                 "would even out choices that are not made. Use one of them."
             )
+        self._check_semantics()
+
+    def _check_semantics(self) -> None:
         one_of("semantics", self.semantics, ("return", "hand-off-sequence", "hand-off-token"))
         needed: dict[str, object] = {
             "schedule": "round-robin",
             "backbone": "party",
             "replicas": 1,
             "on_host_lost": "fail",
+            "opted_out": (),
             "local_tolerance": 0.0,
             "balance_coefficient": 0.0,
         }

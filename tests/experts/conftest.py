@@ -27,7 +27,7 @@ from vflair_flower.experts import (
     tune_experts,
 )
 from vflair_flower.experts.blocks import LentChannel
-from vflair_flower.experts.handoff import hands_off
+from vflair_flower.experts.handoff import HandOff, hands_off
 from vflair_flower.experts.leads import Lead
 from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.partition import ModelSource, make_trainable, resolve_model
@@ -57,6 +57,7 @@ class Company:
     caller: ExpertCaller
     optimizer: torch.optim.Optimizer
     lead: Lead | None = None
+    handing: HandOff | None = None
 
     def train(self, batch: dict[str, Tensor], step: int = 0) -> float:
         self.optimizer.zero_grad()
@@ -121,11 +122,11 @@ class House:
                     deadline_s=deadline_s,
                 )
                 stack.callback(link.abandon)
-                lead = None
+                lead = handing = None
                 if hands_off(self.spec):
                     lead = Lead(loaded, model, channel, host, placement, self.spec, party=name)
-                    stack.callback(lead.close)
-                    stack.enter_context(lead.joined(link, names, training=training, deadline_s=deadline_s))
+                    joined = lead.joined(link, names, training=training, deadline_s=deadline_s)
+                    handing = stack.enter_context(joined)
                 link.serve(lead or host)
                 caller = ExpertCaller(link, host, placement, self.spec)
                 stack.callback(caller.close)
@@ -133,7 +134,13 @@ class House:
                 optimizer = self.spec.optimizer.build([p for p in model.parameters() if p.requires_grad])
                 companies.append(
                     Company(
-                        name=name, model=model.train(), host=host, caller=caller, optimizer=optimizer, lead=lead
+                        name=name,
+                        model=model.train(),
+                        host=host,
+                        caller=caller,
+                        optimizer=optimizer,
+                        lead=lead,
+                        handing=handing,
                     )
                 )
             yield companies

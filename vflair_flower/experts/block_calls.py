@@ -2,13 +2,14 @@
 
 S sequences, T tokens, N = tokens of these that the lead leads, D hidden.
 
-| operation        | request                                                                 | reply                          |
-|------------------|-------------------------------------------------------------------------|--------------------------------|
-| `block`          | `hidden` [S, T, D], `attention_mask`?, `position_ids`?, `led`? [S, T]   | `hidden` [N, D], `lead`? [N]   |
-| `block-backward` | `grad` [N, D]                                                           | `grad` [S, T, D]               |
+| operation        | request                                                        | reply                        |
+|------------------|----------------------------------------------------------------|------------------------------|
+| `block`          | `hidden` [S, T, D]; `attention_mask`?, `position_ids`?, `led`? | `hidden` [N, D], `lead`? [N] |
+| `block-backward` | `grad` [N, D]                                                  | `grad` [S, T, D]             |
 
-`lead` says who leads next, as a place among the parties in the order of their names; it is missing where the block has
-no experts, and is [S] where whole sequences are led.
+The last three of the request are [S, T]; `led` says for which tokens an output is wanted, where tokens are led.  `lead`
+says who leads next, as a place among the parties in the order of their names; it is missing where the block has no
+experts, and is [S] where whole sequences are led.
 Invariant: an answer of another shape, or with numbers that are not finite, ends the call.
 """
 

@@ -88,7 +88,7 @@ class _Run:
     """The layer's place among those with experts; each token's experts, [N, K], and their weights."""
 
     @property
-    def led_T(self) -> Tensor | None:
+    def led_tokens(self) -> Tensor | None:
         """Which of all tokens, counted on over the sequences, go to experts; None for all."""
         led_ST = None if self.entered is None else self.entered.led_ST
         return None if led_ST is None else led_ST.flatten()
@@ -152,8 +152,8 @@ class BlockRunner:
             self._here.run = before
         assert run.output_STD is not None
         output_ND = run.output_STD.flatten(0, 1)
-        if run.led_T is not None:
-            output_ND = output_ND[run.led_T]
+        if run.led_tokens is not None:
+            output_ND = output_ND[run.led_tokens]
         return output_ND, self._leads(run, entered.hidden_STD.shape[:2], entered.mask_ST)
 
     def chosen(self, shape: torch.Size, mask_ST: Tensor | None) -> Tensor | None:
@@ -214,14 +214,14 @@ class BlockRunner:
 
     def _before_experts(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         run = self._run or self._here.whole
-        if run.led_T is not None:  # nobody wants the others' outputs
-            args = tuple(tensor[run.led_T] for tensor in args)
+        if run.led_tokens is not None:  # nobody wants the others' outputs
+            args = tuple(tensor[run.led_tokens] for tensor in args)
         run.routing = (module.layer, args[1].detach(), args[2].detach())
         return args
 
     def _after_experts(self, _module: nn.Module, _args: tuple[Tensor, ...], output_ND: Tensor) -> Tensor | None:
         run = self._run
-        if run is None or run.led_T is None:
+        if run is None or run.led_tokens is None:
             return None
-        empty_TD = output_ND.new_zeros(len(run.led_T), output_ND.shape[1])
-        return empty_TD.index_copy(0, torch.nonzero(run.led_T).squeeze(-1), output_ND)
+        empty_TD = output_ND.new_zeros(len(run.led_tokens), output_ND.shape[1])
+        return empty_TD.index_copy(0, torch.nonzero(run.led_tokens).squeeze(-1), output_ND)

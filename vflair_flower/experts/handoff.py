@@ -1,4 +1,4 @@
-"""Hand-off, as in the paper (PC-MoE, arXiv 2506.02965): whose expert weighs most runs the next block with its own model.
+"""Hand-off, as in the paper (PC-MoE, arXiv 2506.02965): whose expert weighs most runs the next block by its own model.
 
 B batch, T tokens, N = tokens that one party leads, D hidden.  Embedding, the blocks up to the first layer with experts,
 final norm, task head and loss are the owner's.  After each layer with experts a lead is chosen: of a sequence, the
@@ -130,9 +130,9 @@ class HandOff:
         places = torch.cat([share.places_N() for share in (*others, *own)])
         back = torch.empty_like(places)
         back[places] = torch.arange(len(places))
-        chosen = [self._each(lead, hidden_BTD) for lead in leads if lead is not None]
-        if len(chosen) == len(leads):
-            self._follow(torch.cat(chosen)[back], hidden_BTD)
+        named = [self._each(lead, hidden_BTD) for lead in leads if lead is not None]
+        if len(named) == len(leads):
+            self._follow(torch.cat(named)[back], hidden_BTD)
         out_BTD: Tensor = torch.cat(pieces)[back].view(hidden_BTD.shape)
         return out_BTD
 
@@ -170,7 +170,7 @@ class HandOff:
             hidden_STD=hidden_BTD[rows_S],
             mask_ST=None if self._mask_BT is None else self._mask_BT[rows_S],
             positions_ST=None if positions_BT is None else positions_BT[rows_S],
-            led_ST=share.led_ST if self._by_token else None,
+            led_ST=share.led_ST.to(hidden_BTD.device) if self._by_token else None,
         )
 
     def _forward(self, hidden_BTD: Tensor, index: int, shares: Sequence[Share], *, keep: bool) -> list[Led]:

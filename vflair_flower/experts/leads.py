@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from vflair_flower.experts.dispatch import ExpertChannel
 from vflair_flower.experts.handoff import HandOff
 from vflair_flower.experts.host import ExpertHost
 from vflair_flower.experts.placement import Placement
+from vflair_flower.memory import MemoryParts, count_kept, tensor_bytes
 from vflair_flower.partition import LoadedSegment
 from vflair_flower.remote.protocol import FINISH, STEP
 from vflair_flower.remote.refusals import not_open, not_training
@@ -64,6 +65,8 @@ class _Kept:
     index: int
     entered_STD: Tensor
     output_ND: Tensor
+    inside_bytes: int
+    """What autograd keeps between them."""
 
 
 class Lead:
@@ -85,6 +88,8 @@ class Lead:
         The job.
     party : str
         This party's name.
+    waiting : mapping of str to torch.Tensor, optional
+        What `state` returned after the round before.
     """
 
     def __init__(
@@ -97,6 +102,7 @@ class Lead:
         spec: SplitSpec,
         *,
         party: str,
+        waiting: Mapping[str, Tensor] | None = None,
     ) -> None:
         assert spec.experts is not None
         assert isinstance(channel, LentChannel)
@@ -112,13 +118,15 @@ class Lead:
         self._callers: dict[str, ExpertCaller] = {}
         self._kept: dict[tuple[str, int], _Kept] = {}
         self._pending: dict[str, dict[str, Tensor]] = {}
-        self._waiting: dict[str, Tensor] = {}
+        devices = {name: p.device for name, p in self._parameters.items()}
+        self._waiting = {name: gradient.to(devices[name]) for name, gradient in (waiting or {}).items()}
+        self._peak_gradients = self._peak_kept = 0
         self._training = False
         self._changed = threading.Lock()
 
     @contextmanager
     def joined(self, link: Caller, owners: Sequence[str], *, training: bool, deadline_s: float) -> Iterator[HandOff]:
-        """Lead for owners, and let them lead, inside the block and after it, until `close`."""
+        """Lead for owners, and let them lead, inside the block."""
         self._training = training
         for owner in owners:
             if owner != self._party:
@@ -131,12 +139,9 @@ class Lead:
                 yield own
         finally:
             calls.close()
-
-    def close(self) -> None:
-        """Lead no more in this session."""
-        callers, self._callers = self._callers, {}
-        for caller in callers.values():
-            caller.close()
+            callers, self._callers = self._callers, {}
+            for caller in callers.values():
+                caller.close()
 
     def __call__(self, request: Request) -> Reply:
         """Answer one call: a block's, or one to this party's experts."""
@@ -168,9 +173,9 @@ class Lead:
         with self._changed:
             return {name: gradient.cpu() for name, gradient in self._waiting.items()}
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put back what `state` returned."""
-        self._waiting = {name: tensor.to(self._parameters[name].device) for name, tensor in state.items()}
+    def memory(self) -> MemoryParts:
+        """Return the peak memory of what is kept for others beside this party's own model and experts."""
+        return MemoryParts(parameters=0, gradients=self._peak_gradients, optimizer=0, activations=self._peak_kept)
 
     def pending(self, owner: str) -> dict[str, Tensor]:
         """Return the gradients by this party's own model that wait for an owner's step."""
@@ -191,12 +196,17 @@ class Lead:
         if self._training:
             self._host.take_turn(owner)
         index, entered = int(request.meta["block"]), self._read(request, keep=keep)
-        with self._channel.lent(caller), torch.set_grad_enabled(keep):
+        with (
+            self._channel.lent(caller),
+            torch.set_grad_enabled(keep),
+            count_kept(self._runner.blocks.parameters()) as inside_bytes,
+        ):
             output_ND, lead = self._runner.run(index, entered)
         if keep:
+            kept = _Kept(index=index, entered_STD=entered.hidden_STD, output_ND=output_ND, inside_bytes=inside_bytes())
             with self._changed:
-                kept = _Kept(index=index, entered_STD=entered.hidden_STD, output_ND=output_ND)
                 self._kept[owner, int(request.meta["call"])] = kept
+                self._peak_kept = max(self._peak_kept, sum(kept.inside_bytes for kept in self._kept.values()))
         tensors = {"hidden": output_ND.detach().to("cpu", self._wire)}
         if lead is not None:
             tensors["lead"] = lead.to(LEAD_DTYPE)
@@ -243,7 +253,9 @@ class Lead:
             for name, gradient in zip(names, found[1:], strict=True):
                 if gradient is not None:
                     own[name] = own[name] + gradient if name in own else gradient
-        return Reply({"grad": cast("Tensor", found[0]).to("cpu", self._wire)})
+            held = (self._waiting, *self._pending.values())
+            self._peak_gradients = max(self._peak_gradients, sum(tensor_bytes(part.values()) for part in held))
+        return Reply({"grad": found[0].to("cpu", self._wire)})
 
     def _stepped(self, owner: str) -> None:
         """Let an owner's gradients count."""
