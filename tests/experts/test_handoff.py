@@ -47,13 +47,13 @@ def test_equal_models_are_the_whole_models_function(
     with house.open(4) as companies:
         found = companies[0].model(**batch)
         found.loss.backward()
-        assert float((found.logits - expected.logits).detach()[real_BT].abs().max()) < 2e-5
+        assert float((found.logits - expected.logits).detach()[real_BT].abs().max()) < 1e-5
         own = sums(companies, 0)
         elsewhere = sum(bool(company.lead.pending("party-0")) for company in companies[1:])
         assert elsewhere >= 2  # else nothing was handed off
         assert own.keys() <= gradients.keys()
         worst = max(float((own[n] - gradients[n]).abs().max() / gradients[n].abs().max()) for n in own)
-        assert worst < 2e-4
+        assert worst < 2e-5
         hosted = {n: g for company in companies for n, g in company.host._update.pending("party-0").items()}
         assert own.keys() | hosted.keys() == gradients.keys()
         placement = house.placement([company.name for company in companies])
@@ -63,7 +63,7 @@ def test_equal_models_are_the_whole_models_function(
                 for name, gradient in company.host._update.pending("party-0").items():
                     if name.startswith(f"{names}."):
                         scale = gradients[name].abs().max()
-                        assert float((gradient - gradients[name][experts]).abs().max() / scale) < 2e-4
+                        assert float((gradient - gradients[name][experts]).abs().max() / scale) < 2e-5
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_models_that_differ_are_stitched_together(semantics: str, make_house: Ca
         lengths = batch["attention_mask"].sum(-1).tolist()
         parts = [row[:length] for row, length in zip(found, lengths, strict=True)]
         for part, want in zip(parts, expected, strict=True):
-            assert float((part - want).detach().abs().max()) < 5e-5
+            assert float((part - want).detach().abs().max()) < 1e-5
         assert float((parts[1] - alone[1]).detach().abs().max()) > 1e-2  # the others' models do count
         padding = int((1 - batch["attention_mask"]).sum()) * len(wholes[0].model.layers)
         assert sum(companies[0].handing.led) == sum(led) + padding
@@ -156,7 +156,7 @@ def test_models_that_differ_are_stitched_together(semantics: str, make_house: Ca
             wanted = {n: p.grad for n, p in whole.named_parameters() if ".experts." not in n and p.grad is not None}
             assert own.keys() == wanted.keys()
             for name, gradient in own.items():
-                assert float((gradient - wanted[name]).abs().max() / wanted[name].abs().max()) < 5e-4, name
+                assert float((gradient - wanted[name]).abs().max() / wanted[name].abs().max()) < 2e-5, name
 
 
 @pytest.mark.parametrize("semantics", SEMANTICS)
@@ -179,7 +179,7 @@ def test_lora_is_pefts_on_the_whole_model(semantics: str, make_house: Callable[.
         assert found.keys() == wanted.keys()
         assert any(company.lead.pending("party-0") for company in companies[1:])
         for name, gradient in found.items():
-            assert float((gradient - wanted[name]).abs().max() / wanted[name].abs().max()) < 5e-4, name
+            assert float((gradient - wanted[name]).abs().max() / wanted[name].abs().max()) < 2e-5, name
 
 
 def test_others_gradients_count_at_a_partys_own_step(make_house: Callable[..., Any]) -> None:
@@ -230,12 +230,12 @@ def test_nobody_speaks_for_another_but_a_lead_that_runs_its_own_calls(make_house
         numbers = range(1, 40)
         of_second = [number for number in numbers if spoken("party-1", number) in kept]
         of_third = [number for number in numbers if spoken("party-2", number) in kept]
-        assert set(of_second) - set(of_third)
-        assert of_third
+        others = set(of_third) - set(of_second)
+        assert others
         link, asked = third.lead._callers["party-0"]._link, {"grad": torch.zeros(1, 64), "weight": torch.zeros(1)}
-        for number in set(of_second) - set(of_third):  # another's calls are not to be found under one's own name
-            with pytest.raises(RemoteError, match="not open"):
-                link.call("party-1", BACKWARD, asked, {"call": number})
+        for number in others:  # a call that another has made is not to be found under one's own name
+            with pytest.raises(SessionError, match="not open"):
+                second.lead._in_name("party-0")(Request("party-1", BACKWARD, asked, {"call": number}))
         with pytest.raises(RemoteError, match="sent the gradient of 1 tokens"):  # its own are
             link.call("party-1", BACKWARD, asked, {"call": of_third[0]})
         for operation in (STEP, FINISH):
