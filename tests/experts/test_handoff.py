@@ -239,10 +239,10 @@ def test_nobody_speaks_for_another_but_a_lead_that_runs_its_own_calls(make_house
         with pytest.raises(RemoteError, match="sent the gradient of 1 tokens"):  # its own are
             link.call("party-1", BACKWARD, asked, {"call": of_third[0]})
         for operation in (STEP, FINISH):
-            with pytest.raises(SessionError, match="speak for others"):
+            with pytest.raises(SessionError, match="speaks for others"):
                 second.host(Request("party-2", operation, {}, {OWNER: "party-0", "rows": 1, "call": 1}))
     plain = make_house("mixtral", experts=ExpertSettings(schedule="round-robin"))
-    with plain.open(2) as (_, second), pytest.raises(SessionError, match="speak for others"):
+    with plain.open(2) as (_, second), pytest.raises(SessionError, match="speaks for others"):
         second.host(Request("party-1", FORWARD, {}, {OWNER: "party-0", "call": 1, "layer": 0, "keep": True}))
 
 
