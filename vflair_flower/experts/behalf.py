@@ -36,6 +36,6 @@ def on_behalf(request: Request, settings: ExpertSettings) -> Request:
     if not allowed or owner is None:
         raise SessionError(
             f"'{request.source}' asked for a '{request.operation}' in the name of {owner!r}; only the model party of a "
-            "job with backbone='split' speaks for others, and a lead in hand-off, and neither does more than run layers."
+            "job with backbone='split' speaks for others, or a lead in hand-off, and only to run layers."
         )
     return replace(request, source=str(owner))
