@@ -9,10 +9,10 @@
 | `pc-moe`             | a party's    | 1/n of experts   | experts, called at their hosts; all parties at once        |
 | `pc-moe-round-robin` | a party's    | 1/n of experts   | the same, one party's batch at a time, as in the paper     |
 
-and variants of `pc-moe`: `-averaged` averages the gradients of own models at every step; `-int8` sends 8 bits per
-number; `-coactivation` places experts that are chosen together at one party; `-local` prefers own experts within a
-tolerance; `-opt-out` does without the last party's experts.
-
+and variants of `pc-moe`: `-hand-off` trains by hand-off, sequence by sequence (its curve is measured so; at the end its
+models are measured as all others, own model and all experts); `-averaged` averages the gradients of own models at every
+step; `-int8` sends 8 bits per number; `-coactivation` places experts that are chosen together at one party; `-local`
+prefers own experts within a tolerance; `-opt-out` does without the last party's experts.
 
 J rows are in the joined batch, n parties: centralised training takes J rows a step, each of n parties J / n.
 """
@@ -380,17 +380,16 @@ def train(method: str, job: Job, tokenizer: PreTrainedTokenizerBase) -> Outcome:
 
 
 def _variant(method: str, job: Job, tokenizer: PreTrainedTokenizerBase) -> ExpertSettings:
-    if method == "pc-moe-round-robin":
-        return ExpertSettings(schedule="round-robin")
-    if method == "pc-moe-int8":
-        return ExpertSettings(codec="int8")
-    if method == "pc-moe-local":
-        return ExpertSettings(local_tolerance=job.local_tolerance)
-    if method == "pc-moe-opt-out":
-        return ExpertSettings(opted_out=(len(job.rows) - 1,))
     if method == "pc-moe-coactivation":
         return ExpertSettings(placement="table", table=_coactivation_table(job, tokenizer))
-    return ExpertSettings()
+    variants: dict[str, ExpertSettings] = {
+        "pc-moe-round-robin": ExpertSettings(schedule="round-robin"),
+        "pc-moe-hand-off": ExpertSettings(schedule="round-robin", semantics="hand-off-sequence"),
+        "pc-moe-int8": ExpertSettings(codec="int8"),
+        "pc-moe-local": ExpertSettings(local_tolerance=job.local_tolerance),
+        "pc-moe-opt-out": ExpertSettings(opted_out=(len(job.rows) - 1,)),
+    }
+    return variants.get(method, ExpertSettings())
 
 
 def _coactivation_table(job: Job, tokenizer: PreTrainedTokenizerBase) -> tuple[tuple[int, ...], ...]:

@@ -25,6 +25,7 @@ COLORS = {
     "fedavg-experts": "#5aa88f",
     "pc-moe": "#1f5fbf",
     "pc-moe-round-robin": "#7a6bb8",
+    "pc-moe-hand-off": "#b5539c",
     "pc-moe-averaged": "#1f6f4f",
     "pc-moe-int8": "#8fb6ea",
     "pc-moe-coactivation": "#2f8f9d",

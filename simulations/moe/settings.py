@@ -18,6 +18,7 @@ METHODS = (
     "fedavg-experts",
     "pc-moe",
     "pc-moe-round-robin",
+    "pc-moe-hand-off",
     "pc-moe-averaged",
     "pc-moe-int8",
     "pc-moe-coactivation",

@@ -16,6 +16,7 @@ TITLES = {
     "fedavg-experts": "FedAvg of experts",
     "pc-moe": "PC-MoE",
     "pc-moe-round-robin": "PC-MoE, round-robin",
+    "pc-moe-hand-off": "PC-MoE, hand-off",
     "pc-moe-averaged": "PC-MoE, own models averaged",
     "pc-moe-int8": "PC-MoE, int8",
     "pc-moe-coactivation": "PC-MoE, placed by co-activation",

@@ -45,6 +45,16 @@ metas = st.dictionaries(
 )
 
 
+@pytest.mark.parametrize("step", [2, 5, 9])
+def test_strided_tensors_travel(step: int) -> None:
+    """Of eight numbers every so-manieth: with 9, one number that keeps its stride."""
+    sent = torch.arange(8.0)[::step]
+    frame = Frame(kind=Kind.CALL, call_id=7, source="a", target="b", operation="op", tensors={"r1": sent}, meta={})
+    assembler = FrameAssembler(AGREEMENT)
+    results = [assembler.feed(chunk) for chunk in encode(frame, AGREEMENT)]
+    assert torch.equal(results[-1].tensors["r1"], sent)
+
+
 def recut(data: bytes, sizes: list[int]) -> Iterator[bytes]:
     position = 0
     while position < len(data):

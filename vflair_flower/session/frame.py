@@ -275,5 +275,7 @@ def _as_plain(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    # numpy knows no bfloat16, so every dtype goes out as the bytes that it is.
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    # numpy knows no bfloat16, so every dtype goes out as the bytes that it is.  A single number of a strided tensor
+    # keeps its stride, and torch will not view it as bytes.
+    flat = tensor.contiguous().reshape(-1)
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
