@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
-from tests.inprocess_grid import InProcessGrid
+from simulations.local_grid import LocalGrid
 from tests.tiny import WORDS
 from vflair_flower.clients import DataParty, PartyRows, PartySession, split_session
 from vflair_flower.partition import (
@@ -75,7 +75,7 @@ def run(
 
     aggregator = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1, fraction_evaluate=0.0)
     with SplitLearning(spec=spec, aggregator=aggregator, hub=HubSettings(bind="inproc"), **settings) as strategy:
-        strategy.start(InProcessGrid(app, [{"party": f"party-{i}"} for i in range(parties)]))
+        strategy.start(LocalGrid(app, [{"party": f"party-{i}"} for i in range(parties)]))
     return strategy
 
 

@@ -7,7 +7,7 @@ from flwr.app import Context, RecordDict
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
-from tests.inprocess_grid import InProcessGrid
+from simulations.local_grid import LocalGrid
 from vflair_flower.partition import resolve_model
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -23,7 +23,7 @@ def code(name):
 def test_example_runs_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     client_app, server_app = code("client_app.py"), code("server_app.py")
-    grid = InProcessGrid(client_app, [{"party": "acme"}, {"party": "birch"}])
+    grid = LocalGrid(client_app, [{"party": "acme"}, {"party": "birch"}])
     server_app(grid, Context(1, 1, {}, RecordDict(), {}))
     full = AutoModelForSequenceClassification.from_pretrained(resolve_model("minilm-l6").location)
     PeftModel.from_pretrained(full, tmp_path / "adapter")

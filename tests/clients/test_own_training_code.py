@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
-from tests.inprocess_grid import InProcessGrid
+from simulations.local_grid import LocalGrid
 from tests.tiny import LABELS, tiny_rows
 from vflair_flower.clients import DataParty, split_session
 from vflair_flower.errors import SessionClosedError, SessionError
@@ -55,7 +55,7 @@ def run(spec, train, tmp_path, **settings):
     aggregator = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     strategy = SplitLearning(spec=spec, aggregator=aggregator, hub=HubSettings(bind="inproc"), **settings)
     with strategy:
-        strategy.start(InProcessGrid(app, [{"party": "acme"}]))
+        strategy.start(LocalGrid(app, [{"party": "acme"}]))
     return strategy
 
 

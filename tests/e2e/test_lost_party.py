@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg
-from tests.process_grid import ProcessGrid
 
+from simulations.local_grid import ProcessGrid
 from tests.tiny import LABELS
 from vflair_flower.errors import PartyLostError
 from vflair_flower.settings import OptimizerSettings, TaskSettings, TrainingSettings

@@ -13,9 +13,9 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
+from simulations.local_grid import LocalGrid
 from tests.experts.conftest import WRITE, batch_of
 from tests.experts.test_job import kept, whole_of
-from tests.inprocess_grid import InProcessGrid
 from tests.tiny import WORDS
 from tests.tiny_app import state_dir
 from tests.writers import save_writer
@@ -173,7 +173,7 @@ def test_four_parties_balance_the_joined_batch(spec: SplitSpec, tmp_path: Path) 
     aggregator = FedAvg(min_train_nodes=PARTIES, min_evaluate_nodes=PARTIES, min_available_nodes=PARTIES)
     hub = HubSettings(bind="inproc")
     with CollaborativeMoE(spec=spec, aggregator=aggregator, parties=PARTIES, hub=hub, deadline_s=20.0) as strategy:
-        strategy.start(InProcessGrid(app, nodes))
+        strategy.start(LocalGrid(app, nodes))
     split = whole_of(kept(nodes, "job", 1), spec, owner=2)
     joined, _ = centralised(spec, "joined")
     local, _ = centralised(spec, "local")

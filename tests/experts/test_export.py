@@ -10,9 +10,9 @@ from flwr.serverapp.strategy import FedAvg
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simulations.local_grid import LocalGrid
 from tests.experts.conftest import MOE, batch_of, save_writing_moe
 from tests.experts.writing_app import app
-from tests.inprocess_grid import InProcessGrid
 from vflair_flower.errors import ConfigurationError, ModelError
 from vflair_flower.experts import expert_layer_names
 from vflair_flower.experts.export import write_checkpoint
@@ -150,7 +150,7 @@ def test_after_a_job_the_checkpoint_is_the_collaborative_model(
 ) -> None:
     nodes = nodes_at(tmp_path)
     nodes[1]["shares-model"] = 1
-    grid = InProcessGrid(app, nodes)
+    grid = LocalGrid(app, nodes)
     with job(spec_of(writing_moe)) as strategy:
         strategy.start(grid)
         strategy.export(grid, tmp_path / "out", model_of="party-1")
@@ -167,7 +167,7 @@ def test_after_a_job_the_checkpoint_is_the_collaborative_model(
 
 def test_adapters_are_in_the_checkpoint(writing_moe: str, tmp_path: Path, logits: dict[str, torch.Tensor]) -> None:
     """Not bit-equal: a matrix with its adapter added rounds in other places than the two beside each other."""
-    grid = InProcessGrid(app, nodes_at(tmp_path))
+    grid = LocalGrid(app, nodes_at(tmp_path))
     spec = spec_of(
         writing_moe, tuning=LoraSettings(rank=2), optimizer=OptimizerSettings(learning_rate=0.05), averaging="round"
     )
@@ -186,7 +186,7 @@ def test_adapters_are_in_the_checkpoint(writing_moe: str, tmp_path: Path, logits
 def test_where_the_job_averages_all_parties_have_the_checkpoint(
     writing_moe: str, tmp_path: Path, logits: dict[str, torch.Tensor]
 ) -> None:
-    grid = InProcessGrid(app, nodes_at(tmp_path))
+    grid = LocalGrid(app, nodes_at(tmp_path))
     with job(spec_of(writing_moe, averaging="round")) as strategy:
         strategy.start(grid)
         strategy.export(grid, tmp_path / "out")
@@ -200,7 +200,7 @@ def test_own_models_are_averaged_and_a_resumed_job_exports(writing_moe: str, tmp
 
     After training it is the mean of what the parties keep.
     """
-    grid = InProcessGrid(app, nodes_at(tmp_path, **{"shares-model": 1}))
+    grid = LocalGrid(app, nodes_at(tmp_path, **{"shares-model": 1}))
     with job(spec_of(writing_moe)) as strategy:
         strategy.export(grid, tmp_path / "before")
         strategy.start(grid)
@@ -222,7 +222,7 @@ def test_a_party_that_does_not_agree_is_named_and_nothing_is_written(writing_moe
     nodes[2]["keeps-experts"] = 1
     handed_over = []
 
-    class Watched(InProcessGrid):
+    class Watched(LocalGrid):
         def pull_messages(self, message_ids):
             replies = list(super().pull_messages(message_ids))
             handed_over.extend(r for r in replies if r.has_content() and r.content.array_records.get("arrays"))

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from simulations.local_grid import ProcessGrid
+from simulations.local_grid import LocalGrid, ProcessGrid
 from tests.experts.conftest import save_writing_moe
 from tests.experts.test_export import PARTIES, job, nodes_at, own_weights, spec_of
 from tests.experts.writing_app import app
-from tests.inprocess_grid import InProcessGrid
 from tests.writers import prompts_of
 from vflair_flower.errors import PartyLostError
 from vflair_flower.generation import write_texts
@@ -64,7 +63,7 @@ def test_parties_write_what_the_whole_model_writes(
     for index in range(PARTIES):
         nodes[index] |= {} if index in asking else {"mute": 1}
     with job(spec_of(writers(family), generation=BOUNDS)) as strategy:
-        counts = strategy.generate(InProcessGrid(app, nodes), WAYS[way])
+        counts = strategy.generate(LocalGrid(app, nodes), WAYS[way])
         crossed = {e.tensor for e in strategy.ledger.entries()}
     assert [one.prompts for one in counts] == [len(prompts_of(i)) if i in asking else 0 for i in range(PARTIES)]
     assert all(one.sent_bytes > 0 for one in counts)
@@ -78,7 +77,7 @@ def test_parties_write_what_the_whole_model_writes(
 
 
 def test_what_was_trained_is_written_with_and_exported(writers: Callable[[str], str], tmp_path: Path) -> None:
-    grid = InProcessGrid(app, nodes_at(tmp_path, **{"shares-model": 1}))
+    grid = LocalGrid(app, nodes_at(tmp_path, **{"shares-model": 1}))
     with job(spec_of(writers("mixtral"), generation=BOUNDS)) as strategy:
         strategy.start(grid)
         strategy.generate(grid, WAYS["greedy"])
@@ -107,7 +106,7 @@ def test_a_host_that_goes_while_others_write(
     monkeypatch.setattr(generation, "write_texts", leave)
     experts = ExpertSettings(on_host_lost=on_host_lost, k_min=0 if on_host_lost == "skip" else 1)
     with job(spec_of(writers("mixtral"), generation=BOUNDS, experts=experts)) as strategy:
-        grid = InProcessGrid(app, nodes_at(tmp_path))
+        grid = LocalGrid(app, nodes_at(tmp_path))
         if on_host_lost == "fail":
             with pytest.raises(PartyLostError, match="party-1"):
                 strategy.generate(grid, WAYS["greedy"])

@@ -6,8 +6,8 @@ import pytest
 import torch
 from flwr.serverapp.strategy import FedAvg
 
+from simulations.local_grid import LocalGrid
 from tests.experts.test_job import PARTIES, kept, nodes, run, spec, tiny_moe  # noqa: F401 - fixtures
-from tests.inprocess_grid import InProcessGrid
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.settings import ExpertSettings, LoraSettings, TrainingSettings
 from vflair_flower.strategies import CollaborativeMoE
@@ -81,4 +81,4 @@ def test_writing_is_refused(nodes, spec):  # noqa: F811
         CollaborativeMoE(spec=handed(spec, "hand-off-token"), aggregator=FedAvg(), parties=PARTIES) as strategy,
         pytest.raises(ConfigurationError, match="key-value caches"),
     ):
-        strategy.generate(InProcessGrid(app, nodes))
+        strategy.generate(LocalGrid(app, nodes))

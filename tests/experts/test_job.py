@@ -9,8 +9,8 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAvg
 from transformers import AutoTokenizer, MixtralConfig, MixtralForSequenceClassification
 
+from simulations.local_grid import LocalGrid
 from tests.experts.moe_app import app
-from tests.inprocess_grid import InProcessGrid
 from tests.tiny import LABELS, save_tiny, tiny_rows
 from vflair_flower.errors import ConfigurationError, PartyLostError
 from vflair_flower.experts import place_experts
@@ -73,7 +73,7 @@ def spec(tiny_moe):
 
 def run(nodes, spec, *, num_rounds=None, **settings):
     aggregator = FedAvg(min_train_nodes=PARTIES, min_evaluate_nodes=PARTIES, min_available_nodes=PARTIES)
-    grid = InProcessGrid(app, nodes)
+    grid = LocalGrid(app, nodes)
     more = {"hub": HubSettings(bind="inproc"), "deadline_s": 20.0, "parties": PARTIES, **settings}
     with CollaborativeMoE(spec=spec, aggregator=aggregator, **more) as strategy:
         strategy.start(grid, num_rounds=num_rounds)
@@ -204,7 +204,7 @@ def test_all_parties_are_needed_in_every_round(nodes, spec):
         ) as strategy,
         pytest.raises(ConfigurationError, match="has sampled 2 parties for round 1, and the experts are placed at 4"),
     ):
-        strategy.start(InProcessGrid(app, nodes))
+        strategy.start(LocalGrid(app, nodes))
 
 
 def test_a_host_that_is_skipped_does_not_end_the_round(nodes, spec, monkeypatch):
@@ -224,7 +224,7 @@ def test_a_host_that_is_skipped_does_not_end_the_round(nodes, spec, monkeypatch)
     aggregator = FedAvg(min_train_nodes=PARTIES, min_evaluate_nodes=PARTIES, min_available_nodes=PARTIES)
     hub = HubSettings(bind="inproc")
     with CollaborativeMoE(spec=spec, aggregator=aggregator, parties=PARTIES, hub=hub, deadline_s=5.0) as strategy:
-        strategy.start(InProcessGrid(app, nodes), num_rounds=2)
+        strategy.start(LocalGrid(app, nodes), num_rounds=2)
     assert list(strategy.history[1].lost) == ["party-2"]
     assert strategy.history[1].steps == 4
 
@@ -250,7 +250,7 @@ def test_copies_stand_in_for_a_lost_party_and_it_does_not_come_back_with_old_one
     aggregator = FedAvg(min_train_nodes=PARTIES, min_evaluate_nodes=PARTIES, min_available_nodes=PARTIES)
     hub = HubSettings(bind="inproc")
     with CollaborativeMoE(spec=spec, aggregator=aggregator, parties=PARTIES, hub=hub, deadline_s=20.0) as strategy:
-        strategy.start(InProcessGrid(app, nodes))
+        strategy.start(LocalGrid(app, nodes))
     assert [list(record.lost) for record in strategy.history] == [[], ["party-2"], ["party-2"]]
     assert "has not ended round" in strategy.history[2].lost["party-2"]
     assert [record.steps for record in strategy.history] == [4, 4, 4]

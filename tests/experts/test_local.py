@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from simulations.local_grid import LocalGrid
 from tests.experts.conftest import MOE, batch_of, save_writing_moe
 from tests.experts.test_export import IDS, job, nodes_at, own_weights, spec_of
 from tests.experts.writing_app import app
-from tests.inprocess_grid import InProcessGrid
 from vflair_flower.clients.store import PartyStore
 from vflair_flower.errors import CheckpointError, ConfigurationError
 from vflair_flower.experts import expert_layer_names, load_local, num_experts, place_experts
@@ -54,7 +54,7 @@ def test_equals_the_whole_model_with_the_others_experts_masked(family: str, make
 def test_what_a_job_trained_is_used(tmp_path: Path, tuning: LoraSettings | None) -> None:
     """Four parties of eight experts, two for each token: just enough."""
     model = str(save_writing_moe(tmp_path / "model"))
-    spec, grid = spec_of(model, tuning=tuning), InProcessGrid(app, nodes_at(tmp_path, **{"shares-model": 1}))
+    spec, grid = spec_of(model, tuning=tuning), LocalGrid(app, nodes_at(tmp_path, **{"shares-model": 1}))
     with job(spec) as strategy:
         strategy.start(grid)
         strategy.export(grid, tmp_path / "out", model_of="party-1")

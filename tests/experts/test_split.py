@@ -13,13 +13,12 @@ import torch
 from flwr.serverapp.strategy import FedAvg
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from simulations.local_grid import ProcessGrid
+from simulations.local_grid import LocalGrid, ProcessGrid
 from tests.experts.conftest import DEADLINE_S, Company, batch_of, save_writing_moe
 from tests.experts.moe_app import app as reading_app
 from tests.experts.test_export import nodes_at, spec_of
 from tests.experts.test_generation import BOUNDS, WAYS, whole_writes, written
 from tests.experts.writing_app import app
-from tests.inprocess_grid import InProcessGrid
 from tests.tiny import LABELS, save_tiny, tiny_rows
 from vflair_flower.certificate import TINY
 from vflair_flower.errors import ConfigurationError, PartyLostError, RemoteError, SessionError
@@ -232,7 +231,7 @@ def test_four_parties_are_centralised_training_on_the_joined_batch(reader: str, 
     """As without a cut: sums over parties are taken in another order, a few float32 roundings a step."""
     spec, nodes = reading(reader), nodes_at(tmp_path)
     with run_job(spec, nodes) as strategy:
-        strategy.start(InProcessGrid(reading_app, nodes))
+        strategy.start(LocalGrid(reading_app, nodes))
         split = whole_after(strategy, nodes)
         crossed = {(e.operation, e.tensor) for e in strategy.ledger.entries() if e.tensor != "header"}
     assert {operation for operation, _ in crossed} == {
@@ -276,7 +275,7 @@ def test_tuned_and_with_blocks_computed_again_it_is_the_job_without_a_cut(
             reader, tuning=tuning, training=training, optimizer=optimizer, experts=ExpertSettings(backbone=backbone)
         )
         with run_job(spec, nodes := nodes_at(tmp_path / backbone)) as strategy:
-            strategy.start(InProcessGrid(reading_app, nodes))
+            strategy.start(LocalGrid(reading_app, nodes))
         losses.append((strategy.history[0].train_metrics["loss"], strategy.history[0].evaluate_metrics["loss"]))
     assert losses[0][1] != pytest.approx(losses[0][0], rel=1e-2)
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
@@ -309,7 +308,7 @@ def test_a_resumed_job_goes_on_where_it_was(reader: str, tmp_path: Path) -> None
         for number in rounds:
             folder = tmp_path / f"{len(rounds)}" / "checkpoints"
             with run_job(spec, nodes, checkpoint_dir=folder, resume=number != rounds[0]) as strategy:
-                strategy.start(InProcessGrid(reading_app, nodes), num_rounds=number)
+                strategy.start(LocalGrid(reading_app, nodes), num_rounds=number)
         ends.append(whole_after(strategy, nodes))
     assert all(torch.equal(tensor, ends[1][name]) for name, tensor in ends[0].items())
 
@@ -320,14 +319,14 @@ def test_parties_write_what_the_whole_model_writes(writer: str, tmp_path: Path, 
     for index in (2, 3):
         nodes[index] |= {"mute": 1}
     with run_job(spec_of(writer, generation=BOUNDS, experts=SPLIT), nodes) as strategy:
-        strategy.generate(InProcessGrid(app, nodes), WAYS[way])
+        strategy.generate(LocalGrid(app, nodes), WAYS[way])
     for index in (0, 1):
         assert written(tmp_path, index) == whole_writes(writer, index, WAYS[way])
 
 
 def test_the_checkpoint_is_the_split_model(writer: str, tmp_path: Path) -> None:
     nodes = nodes_at(tmp_path)
-    grid = InProcessGrid(app, nodes)
+    grid = LocalGrid(app, nodes)
     with run_job(spec_of(writer, generation=BOUNDS, experts=SPLIT, averaging="round"), nodes) as strategy:
         strategy.start(grid)
         strategy.generate(grid, WAYS["greedy"])
@@ -374,13 +373,13 @@ def test_a_host_is_lost_while_the_body_calls_it(
     started = time.monotonic()
     with run_job(spec, nodes, evaluate=0.0, deadline_s=deadline_s) as strategy:
         if skip:
-            strategy.start(InProcessGrid(reading_app, nodes), num_rounds=1)
+            strategy.start(LocalGrid(reading_app, nodes), num_rounds=1)
             assert strategy.history[0].steps == 4
             assert list(strategy._body.lost_hosts) == [links[id(lost[0])].party]
             assert list(strategy.history[0].lost) == ([links[id(lost[0])].party] if fault == "gone" else [])
         else:
             with pytest.raises(PartyLostError, match="party-"):
-                strategy.start(InProcessGrid(reading_app, nodes), num_rounds=1)
+                strategy.start(LocalGrid(reading_app, nodes), num_rounds=1)
     assert time.monotonic() - started < 6 * deadline_s
 
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForSequenceClassification
 import simulations.client_app
 import simulations.server_app
 from simulations.jobs import read_job
+from simulations.local_grid import LocalGrid
 from simulations.moe.settings import MoeSettings
 from simulations.settings import JobSettings
-from tests.inprocess_grid import InProcessGrid
 from vflair_flower.errors import CheckpointError, ConfigurationError
 from vflair_flower.report import Result
 
@@ -46,7 +46,7 @@ def config(tmp_path, rows, tiny_bert, **changes):
 def run(settings, num_nodes=None):
     num_nodes = num_nodes or settings["parties"] + (settings["model-party"] == "node")
     nodes = [{"partition-id": i, "num-partitions": num_nodes} for i in range(num_nodes)]
-    grid = InProcessGrid(simulations.client_app.app, nodes, settings)
+    grid = LocalGrid(simulations.client_app.app, nodes, settings)
     simulations.server_app.app(grid, Context(1, 1, {}, RecordDict(), settings))
 
 

@@ -13,8 +13,7 @@ from flwr.serverapp.strategy import FedAvg
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from simulations.local_grid import ProcessGrid
-from tests.inprocess_grid import InProcessGrid
+from simulations.local_grid import LocalGrid, ProcessGrid
 from tests.writers import BLOCKS, app, prompts_of, save_writer
 from vflair_flower.errors import ConfigurationError, PartyLostError
 from vflair_flower.generation import write_texts
@@ -103,7 +102,7 @@ def test_parties_write_what_the_whole_model_writes(
     if decoding.do_sample:
         nodes = nodes[:1]  # parties that are threads of one process draw from one generator
     with strategy_for(spec) as strategy:
-        counts = strategy.generate(InProcessGrid(app, nodes), decoding)
+        counts = strategy.generate(LocalGrid(app, nodes), decoding)
     assert len(counts) == len(nodes)
     for index, one in enumerate(counts):
         written = read(tmp_path, index)
@@ -121,7 +120,7 @@ def test_what_was_trained_is_used_wherever_the_body_is(
     spec: SplitSpec, nodes: list[dict], tmp_path: Path, holder: str
 ) -> None:
     extra = [{"role": "model party", "state-dir": str(tmp_path / "model")}] if holder == "node" else []
-    grid = InProcessGrid(app, [*nodes, *extra])
+    grid = LocalGrid(app, [*nodes, *extra])
     with strategy_for(spec, model_party=holder, job=holder) as strategy:
         strategy.start(grid)
         counts = strategy.generate(grid, GREEDY)
@@ -136,7 +135,7 @@ def test_no_text_reaches_the_strategy(spec: SplitSpec, nodes: list[dict], tmp_pa
     seen: list[Message] = []
     nodes = [{**node, "marker": "parcel"} for node in nodes]
 
-    class Watched(InProcessGrid):
+    class Watched(LocalGrid):
         def pull_messages(self, message_ids):
             replies = list(super().pull_messages(message_ids))
             seen.extend(replies)
@@ -161,12 +160,12 @@ def test_a_party_without_prompts_says_so_and_the_others_write(
 ) -> None:
     nodes[0]["silent"] = 1
     with strategy_for(spec) as strategy:
-        assert [one.party for one in strategy.generate(InProcessGrid(app, nodes), GREEDY)] == ["party-1"]
+        assert [one.party for one in strategy.generate(LocalGrid(app, nodes), GREEDY)] == ["party-1"]
     with (
         strategy_for(spec, on_party_lost="stop") as strategy,
         pytest.raises(PartyLostError, match=r"party 'party-0'.*DataParty\(generation=TextGeneration"),
     ):
-        strategy.generate(InProcessGrid(app, nodes), GREEDY)
+        strategy.generate(LocalGrid(app, nodes), GREEDY)
 
 
 @pytest.mark.parametrize("way", ["the sink fails", "a prompt is too long"])
@@ -178,7 +177,7 @@ def test_a_party_that_fails_is_named(spec: SplitSpec, nodes: list[dict], way: st
         decoding = DecodingSettings(max_new_tokens=31)
         said = r"prompt \d has \d+ tokens; with max_new_tokens 31 it would pass the 32"
     with strategy_for(spec) as strategy, pytest.raises(PartyLostError, match=said):
-        strategy.generate(InProcessGrid(app, nodes), decoding)
+        strategy.generate(LocalGrid(app, nodes), decoding)
 
 
 @pytest.mark.parametrize(
@@ -193,19 +192,19 @@ def test_what_cannot_be_written_is_refused_before_anyone_is_asked(
     spec: SplitSpec, nodes: list[dict], change: dict, decoding: DecodingSettings, said: str
 ) -> None:
     with strategy_for(dataclasses.replace(spec, **change)) as strategy, pytest.raises(ConfigurationError, match=said):
-        strategy.generate(InProcessGrid(app, nodes), decoding)
+        strategy.generate(LocalGrid(app, nodes), decoding)
     assert strategy.cards == {}
 
 
 def test_resumed_job_writes_without_training(
     spec: SplitSpec, nodes: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    grid = InProcessGrid(app, nodes)
+    grid = LocalGrid(app, nodes)
     with strategy_for(spec, checkpoint_dir=tmp_path / "run") as strategy:
         strategy.start(grid)
         strategy.save_adapter(tmp_path / "adapter")
     with strategy_for(spec, checkpoint_dir=tmp_path / "run", resume=True) as strategy:
-        strategy.generate(InProcessGrid(app, nodes), GREEDY)
+        strategy.generate(LocalGrid(app, nodes), GREEDY)
     assert read(tmp_path, 0)["texts"] == expected(spec, GREEDY, 0, tmp_path / "adapter")
 
 

@@ -9,7 +9,7 @@ from flwr.serverapp.strategy import FedAvg
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from tests.inprocess_grid import InProcessGrid
+from simulations.local_grid import LocalGrid
 from tests.tiny import LABELS, tiny_rows
 from tests.tiny_app import app
 from vflair_flower.cli import app as vflair
@@ -48,7 +48,7 @@ def train(nodes, spec, *, num_rounds=None, **settings):
     strategy = SplitLearning(
         spec=spec, aggregator=aggregator, hub=HubSettings(bind="inproc"), deadline_s=20.0, **settings
     )
-    grid = InProcessGrid(app, nodes)
+    grid = LocalGrid(app, nodes)
     with strategy:
         strategy.start(grid, num_rounds=num_rounds)
         _, reports = strategy.evaluate(grid, config=ConfigRecord({"split": "test", "report-rows": True}))
