@@ -173,6 +173,10 @@ class ProcessGrid(_OneMachine):
             theirs.close()
             self.processes[node], self._pipes[node] = process, ours
 
+    def get_node_ids(self) -> Iterable[int]:
+        """Return all nodes, those whose processes have ended too."""
+        return list(self.processes)
+
     def close(self) -> None:
         """End the processes."""
         for process in self.processes.values():
