@@ -47,7 +47,7 @@ def steps(house: Any, count: int, number: int = 3) -> tuple[list, dict, list, di
     return expected, dict(whole.named_parameters()), found, end
 
 
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
+@pytest.mark.parametrize("count", [2, 8])  # 1 and 4 between processes
 @pytest.mark.parametrize("family", MOE)
 def test_return_is_bit_equal(family: str, count: int, make_house: Callable[..., Any]) -> None:
     expected, whole, found, end = steps(make_house(family), count)

@@ -195,6 +195,7 @@ def test_where_the_job_averages_all_parties_have_the_checkpoint(
         assert all(torch.equal(model(IDS).logits, found) for found in logits.values())
 
 
+@pytest.mark.slow
 def test_own_models_are_averaged_and_a_resumed_job_exports(writing_moe: str, tmp_path: Path) -> None:
     """Before any training, the average of equal models is that model, and the whole is the model that they began with.
 

@@ -76,6 +76,7 @@ def test_parties_write_what_the_whole_model_writes(
         assert len({text for each in texts for text in each}) > 1
 
 
+@pytest.mark.slow
 def test_what_was_trained_is_written_with_and_exported(writers: Callable[[str], str], tmp_path: Path) -> None:
     grid = LocalGrid(app, nodes_at(tmp_path, **{"shares-model": 1}))
     with job(spec_of(writers("mixtral"), generation=BOUNDS)) as strategy:

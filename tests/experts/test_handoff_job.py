@@ -37,6 +37,7 @@ def test_a_job_by_sequences_learns_and_evaluates(nodes, spec):  # noqa: F811
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_job_by_tokens_learns_and_a_resume_goes_on(nodes, spec, tmp_path):  # noqa: F811
     spec = handed(spec, "hand-off-token", rounds=2)
     whole, *_ = run(nodes, spec, job="whole", checkpoint_dir=tmp_path / "whole")

@@ -50,7 +50,9 @@ def test_equals_the_whole_model_with_the_others_experts_masked(family: str, make
     assert not torch.equal(*answers)
 
 
-@pytest.mark.parametrize("tuning", [None, LoraSettings(rank=2)], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "tuning", [pytest.param(None, marks=pytest.mark.slow), LoraSettings(rank=2)], ids=["whole", "lora"]
+)
 def test_what_a_job_trained_is_used(tmp_path: Path, tuning: LoraSettings | None) -> None:
     """Four parties of eight experts, two for each token: just enough."""
     model = str(save_writing_moe(tmp_path / "model"))

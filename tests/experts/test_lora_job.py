@@ -26,7 +26,7 @@ def is_adapter(name: str) -> bool:
     return ".lora_" in name or "_lora." in name
 
 
-@pytest.mark.parametrize("averaging", ["none", "round", "step"])
+@pytest.mark.parametrize("averaging", ["none", pytest.param("round", marks=pytest.mark.slow), "step"])
 def test_a_job_with_lora_learns_and_keeps_adapters_alone(nodes, lora_spec, averaging, monkeypatch):  # noqa: F811
     """Frozen experts are looked at when a session's last step is done, at every party."""
     from vflair_flower.clients import expert_party

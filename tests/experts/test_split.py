@@ -261,7 +261,9 @@ def test_four_parties_are_centralised_training_on_the_joined_batch(reader: str, 
     assert worst < 4e-6
 
 
-@pytest.mark.parametrize("tuning", [None, LoraSettings(rank=2)], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "tuning", [pytest.param(None, marks=pytest.mark.slow), LoraSettings(rank=2)], ids=["whole", "lora"]
+)
 def test_tuned_and_with_blocks_computed_again_it_is_the_job_without_a_cut(
     reader: str, tmp_path: Path, tuning: LoraSettings | None
 ) -> None:
@@ -324,6 +326,7 @@ def test_parties_write_what_the_whole_model_writes(writer: str, tmp_path: Path, 
         assert written(tmp_path, index) == whole_writes(writer, index, WAYS[way])
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_the_split_model(writer: str, tmp_path: Path) -> None:
     nodes = nodes_at(tmp_path)
     grid = LocalGrid(app, nodes)
