@@ -13,6 +13,7 @@ from vflair_flower.session.hub import Hub
 from vflair_flower.session.hub_session import HubSession
 from vflair_flower.session.ledger import Ledger, LedgerEntry
 from vflair_flower.session.link import Link, connect
+from vflair_flower.session.sighting import Sighting, Tap
 
 __all__ = [
     "Agreement",
@@ -27,6 +28,8 @@ __all__ = [
     "OperationSpec",
     "Reply",
     "Request",
+    "Sighting",
+    "Tap",
     "TensorSpec",
     "TlsServerFiles",
     "connect",

@@ -18,6 +18,7 @@ from vflair_flower.session.emulation import LinkEmulation
 from vflair_flower.session.grpc_plane import GrpcPlane, TlsServerFiles, host_of, is_loopback
 from vflair_flower.session.hub_session import HubSession
 from vflair_flower.session.seat import HubSeat, refusal
+from vflair_flower.session.sighting import Tap
 from vflair_flower.session.transport import INPROC, Hello, InprocPlane, Plane
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:@-]{0,63}")
@@ -138,6 +139,7 @@ class Hub:
         deadline_s: float,
         join_deadline_s: float = 60.0,
         on_lost: Callable[[str, str], None] | None = None,
+        tap: Tap | None = None,
     ) -> HubSession:
         """Open a session for these parties.
 
@@ -155,6 +157,8 @@ class Hub:
             A party that has not joined by then is lost.
         on_lost : Callable[[str, str], None] | None
             Called at once with name and reason when a party is lost; must return soon.
+        tap : Tap | None
+            Sees every frame of the session as the hub does (`vflair_flower.session.sighting`).
 
         Raises
         ------
@@ -186,6 +190,7 @@ class Hub:
                 on_lost=on_lost,
                 on_closed=self._forget,
                 emulate=self._emulate,
+                tap=tap,
             )
             self._sessions[session.id] = session
         return session

@@ -42,6 +42,7 @@ from vflair_flower.session.header import Kind, Meta
 from vflair_flower.session.ledger import Ledger
 from vflair_flower.session.routing import OpenCall, OpenCalls
 from vflair_flower.session.seat import HubSeat, refusal, shows_ticket
+from vflair_flower.session.sighting import Tap, of_frame, of_parcel
 from vflair_flower.session.transport import Hello
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ class HubSession:
         on_lost: Callable[[str, str], None] | None,
         on_closed: Callable[["HubSession"], None],
         emulate: LinkEmulation | None = None,
+        tap: Tap | None = None,
     ) -> None:
         check_seconds("deadline_s", deadline_s)
         check_seconds("join_deadline_s", join_deadline_s)
@@ -84,6 +86,7 @@ class HubSession:
         self._hosts = dict(hosts)
         self._on_lost = on_lost
         self._on_closed = on_closed
+        self._tap = tap
         self._seats = {party: HubSeat(party, self._receive, emulate) for party in parties}
         self.tickets = {party: seat.ticket for party, seat in self._seats.items()}
         self._changed = threading.Condition(threading.RLock())
@@ -260,6 +263,17 @@ class HubSession:
                         header=assembler.header,
                         overhead_bytes=assembler.overhead_bytes,
                     )
+                    if self._tap is not None:
+                        self._tap(
+                            of_frame(
+                                frame,
+                                assembler.header,
+                                session=self.id,
+                                party=party,
+                                direction="up",
+                                overhead_bytes=assembler.overhead_bytes,
+                            )
+                        )
                     self._take(party, frame)
                     if frame.kind is Kind.BYE:
                         return
@@ -393,6 +407,8 @@ class HubSession:
 
     def _send(self, party: str, parcel: Parcel, *, timeout_s: float | None = None, urgent: bool = False) -> None:
         header, overhead_bytes = parcel.header, parcel.overhead_bytes
+        if self._tap is not None:
+            self._tap(of_parcel(parcel, session=self.id, party=party, direction="down"))
 
         def record() -> None:
             self.ledger.record_frame(

@@ -1,0 +1,1 @@
+"""What hosts of experts and whoever watches the network see."""

@@ -1,0 +1,1 @@
+"""Gradient inversion: text from gradients of parameters."""

@@ -1,0 +1,1 @@
+"""Membership inference: who was trained on, from the finished model."""

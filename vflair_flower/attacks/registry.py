@@ -1,0 +1,296 @@
+"""The registry: an attack is one function in one file, with one decorator.
+
+    @attack("nearest", goal=Goal.TEXT, sees=SplitView, paper="...")
+    def nearest(view: SplitView, knows: Knowledge, *, seed: int = 0, steps: int = 100) -> TextGuess: ...
+
+Keyword arguments behind `seed` are the attack's settings; they have defaults, and `run_attack` refuses unknown ones.
+Invariant: an attack gets a view and what its adversary knows, and gives a guess; nobody tells it the truth.
+"""
+
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from vflair_flower.attacks.guesses import Guess
+from vflair_flower.attacks.knowledge import Knowledge
+from vflair_flower.errors import ConfigurationError
+
+Setting = bool | int | float | str
+AttackFunction = Callable[..., Guess]
+_FunctionT = TypeVar("_FunctionT", bound=AttackFunction)
+_SAMPLE_S = 0.05
+
+
+class Goal(StrEnum):
+    """What an attack is after."""
+
+    TEXT = "text"
+    LABELS = "labels"
+    MEMBERS = "members"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack:
+    """A registered attack.
+
+    Parameters
+    ----------
+    name : str
+        Its name.
+    goal : Goal
+        What it is after.
+    sees : type
+        The kind of view that it takes.
+    paper : str
+        Where it is from, and where it differs.
+    run : callable
+        The function.
+    """
+
+    name: str
+    goal: Goal
+    sees: type
+    paper: str
+    run: AttackFunction
+
+    @property
+    def settings(self) -> Mapping[str, Setting]:
+        """Its settings and their defaults."""
+        return {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.run).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY and name != "seed"
+        }
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Attempt:
+    """One run of an attack.
+
+    Parameters
+    ----------
+    guess : Guess
+        What it came to.
+    seconds : float
+        Wall clock.
+    memory_bytes : int
+        How much larger the process, or on a GPU the memory in use, became at most.
+    """
+
+    guess: Guess
+    seconds: float
+    memory_bytes: int
+
+
+_ATTACKS: dict[str, Attack] = {}
+
+
+def attack(name: str, *, goal: Goal, sees: type, paper: str) -> Callable[[_FunctionT], _FunctionT]:
+    """Register an attack under a name.
+
+    Parameters
+    ----------
+    name : str
+        Small letters, digits and hyphens.
+    goal : Goal
+        What it is after, which decides the metrics.
+    sees : type
+        The kind of view that it takes, such as `SplitView`.
+    paper : str
+        Where it is from, and where it differs.
+
+    Raises
+    ------
+    ConfigurationError
+        Another attack has this name, or a setting has no default.
+    """
+
+    def register(function: _FunctionT) -> _FunctionT:
+        before = _ATTACKS.get(name)
+        if before is not None and before.run.__module__ != function.__module__:
+            raise ConfigurationError(
+                f"two attacks are called {name!r}, in {before.run.__module__} and {function.__module__}. Rename one."
+            )
+        made = Attack(name=name, goal=goal, sees=sees, paper=paper, run=function)
+        bare = [key for key, default in made.settings.items() if not isinstance(default, Setting)]
+        if bare:
+            raise ConfigurationError(
+                f"the setting {bare[0]!r} of attack {name!r} has no default of a plain kind. Give it one."
+            )
+        _ATTACKS[name] = made
+        return function
+
+    return register
+
+
+def attacks() -> Mapping[str, Attack]:
+    """Return all attacks by name: those of this package and those that were loaded."""
+    import vflair_flower.attacks as package
+
+    for folder in iter_modules(package.__path__, f"{package.__name__}."):
+        if folder.ispkg:
+            for module in iter_modules([str(Path(package.__path__[0]) / folder.name.rpartition(".")[2])]):
+                import_module(f"{folder.name}.{module.name}")
+    return dict(sorted(_ATTACKS.items()))
+
+
+def load_attacks(file: Path) -> tuple[str, ...]:
+    """Run a file of your own that registers attacks; returns their names.
+
+    Raises
+    ------
+    ConfigurationError
+        There is no such file, or it registers none.
+    """
+    import importlib.util
+
+    if not file.is_file():
+        raise ConfigurationError(f"the file of attacks {str(file)!r} does not exist. Name a Python file.")
+    before = set(attacks())
+    spec = importlib.util.spec_from_file_location(f"vflair_attacks_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    new = tuple(name for name, one in attacks().items() if name not in before or one.run.__module__ == module.__name__)
+    if not new:
+        raise ConfigurationError(f"{str(file)!r} registers no attack. Put @attack(...) above a function in it.")
+    return new
+
+
+def find_attack(name: str) -> Attack:
+    """Return an attack by name; raise ConfigurationError for an unknown one."""
+    known = attacks()
+    if name not in known:
+        raise ConfigurationError(f"the attack is {name!r}; known are {', '.join(known)}.")
+    return known[name]
+
+
+def run_attack(
+    which: Attack, view: object, knows: Knowledge, *, seed: int = 0, settings: Mapping[str, Setting] | None = None
+) -> Attempt:
+    """Run an attack on a view.
+
+    Parameters
+    ----------
+    which : Attack
+        See `find_attack`.
+    view : object
+        What the adversary saw, of the kind that the attack takes.
+    knows : Knowledge
+        What it knows beside.
+    seed : int
+        Of everything random in the attack.
+    settings : mapping of str to value, optional
+        By name, in place of the defaults.
+
+    Raises
+    ------
+    ConfigurationError
+        The view is of another kind, or a setting is unknown or of another kind than its default.
+    """
+    if not isinstance(view, which.sees):
+        raise ConfigurationError(
+            f"attack {which.name!r} takes a {which.sees.__name__}, and was given a {type(view).__name__}. Choose an "
+            "attack on what this adversary sees."
+        )
+    given = dict(settings or {})
+    _check_settings(which, given)
+    with torch.random.fork_rng(), _MemoryPeak() as memory:
+        torch.manual_seed(seed)
+        started = time.perf_counter()
+        guess = which.run(view, knows, seed=seed, **given)
+        seconds = time.perf_counter() - started
+    return Attempt(guess=guess, seconds=seconds, memory_bytes=memory.peak_bytes)
+
+
+def parse_settings(text: str) -> tuple[str, dict[str, Setting]]:
+    """Read ``"vmi"`` or ``"vmi:steps=200,rate=0.1"``: an attack's name and settings of its kind.
+
+    Raises
+    ------
+    ConfigurationError
+        The attack or a setting is unknown, or a value is of another kind.
+    """
+    name, _, rest = text.partition(":")
+    which = find_attack(name.strip())
+    found: dict[str, Setting] = {}
+    for part in filter(None, (piece.strip() for piece in rest.split(","))):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise ConfigurationError(f"the setting {part!r} of attack {name!r} has no value. Write name=value.")
+        found[key.strip()] = _read(value.strip(), which.settings.get(key.strip()))
+    _check_settings(which, found)
+    return which.name, found
+
+
+def _read(text: str, like: Setting | None) -> Setting:
+    if isinstance(like, bool):
+        return {"true": True, "false": False}.get(text.lower(), text)
+    for kind in (int, float):
+        if isinstance(like, int | float):
+            try:
+                return kind(text)
+            except ValueError:
+                continue
+    return text
+
+
+def _check_settings(which: Attack, given: Iterable[str] | Mapping[str, Any]) -> None:
+    known = which.settings
+    for name in given:
+        if name not in known:
+            raise ConfigurationError(
+                f"attack {which.name!r} has no setting {name!r}; it has {', '.join(known) or 'none'}."
+            )
+        if isinstance(given, Mapping):
+            value, default = given[name], known[name]
+            fits = isinstance(value, type(default)) or (isinstance(default, float) and type(value) is int)
+            if not fits or isinstance(value, bool) is not isinstance(default, bool):
+                raise ConfigurationError(
+                    f"setting {name!r} of attack {which.name!r} is {value!r}; give a {type(default).__name__}, such as "
+                    f"{default!r}."
+                )
+
+
+class _MemoryPeak:
+    """Watch how far memory grows within a block: a GPU's where there is one, else that of the process."""
+
+    def __init__(self) -> None:
+        self.peak_bytes = 0
+        self._done = threading.Event()
+
+    def __enter__(self) -> "_MemoryPeak":
+        self._gpu = torch.cuda.is_available()
+        if self._gpu:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+            return self
+        process = psutil.Process()
+        self._before = process.memory_info().rss
+        self._thread = threading.Thread(target=self._watch, args=(process,), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._gpu:
+            self.peak_bytes = torch.cuda.max_memory_allocated() - self._before
+            return
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self, process: psutil.Process) -> None:
+        while True:
+            self.peak_bytes = max(self.peak_bytes, process.memory_info().rss - self._before)
+            if self._done.wait(_SAMPLE_S):
+                return

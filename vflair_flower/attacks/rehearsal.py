@@ -1,0 +1,171 @@
+"""A rehearsal: a real session of one victim and a model party, with what was seen and what is true.
+
+The parties are those of a job: segments from one checkpoint, joined by a hub, every tensor checked against the
+agreement; only the network is left out.  So an attack on a finished run sees what it would have seen in it, at any cut.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from vflair_flower.attacks.scoring import Truth
+from vflair_flower.attacks.view import SplitView, split_view
+from vflair_flower.partition import ModelSource, load_segment
+from vflair_flower.partition.sources import load_config
+from vflair_flower.partition.structure import num_blocks
+from vflair_flower.remote import MODEL_PARTY, BodyMode, RemoteSegment, SegmentServer, agreement_for
+from vflair_flower.session import Hub, Sighting, connect
+from vflair_flower.settings import GenerationSettings, one_of
+from vflair_flower.spec import SplitSpec
+from vflair_flower.tasks import (
+    Encoded,
+    Example,
+    PromptRow,
+    Secret,
+    collate,
+    encode_prompts,
+    encode_task,
+    padding_token_id,
+)
+
+PARTY = "victim"
+_DEADLINE_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rehearsal:
+    """What came of a session.
+
+    Parameters
+    ----------
+    view : SplitView
+        For attacks.
+    truth : Truth
+        For the scorer alone.
+    sightings : tuple of Sighting
+        All that passed the hub, with copies of the tensors.
+    """
+
+    view: SplitView
+    truth: Truth
+    sightings: tuple[Sighting, ...]
+
+
+def rehearse(
+    source: ModelSource,
+    spec: SplitSpec,
+    rows: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    phase: str = "inference",
+    batch_rows: int = 16,
+    new_tokens: int = 32,
+    secrets: Sequence[Secret] = (),
+) -> Rehearsal:
+    """Let a victim run its rows through a cut model, once.
+
+    Parameters
+    ----------
+    source : ModelSource
+        The checkpoint that both hold their parts of.
+    spec : SplitSpec
+        The job; gives cut, task, wire and lengths.  Nothing is tuned: no optimiser step is taken.
+    rows : sequence of examples
+        The victim's.
+    tokenizer : PreTrainedTokenizerBase
+        The model's.
+    phase : {"inference", "training", "generation"}
+        ``"inference"``: forward passes without gradients; ``"training"``: forward and backward passes with dropout as
+        the model has it; ``"generation"``: prompts, and greedy tokens after them, through a cache.
+    batch_rows : int
+        Rows per batch.
+    new_tokens : int
+        How many tokens are written, in ``"generation"``; of the last one nobody but the victim sees anything.
+    secrets : sequence of Secret
+        Planted in the rows; they become part of the truth.
+    """
+    one_of("phase", phase, ("inference", "training", "generation"))
+    training = replace(spec.training, batch_size=batch_rows, evaluation_batch_size=batch_rows)
+    writing = GenerationSettings(max_rows=batch_rows, max_length=spec.training.max_tokens + new_tokens)
+    spec = replace(spec, tuning=None, averaging="round", experts=None, training=training, generation=writing)
+    encoded: Sequence[Encoded]
+    if phase == "generation":
+        prompts = [row for row in rows if isinstance(row, PromptRow)]
+        encoded = encode_prompts(prompts, tokenizer, max_tokens=spec.training.max_tokens)
+    else:
+        encoded = encode_task(spec.task.kind, rows, tokenizer, max_tokens=spec.training.max_tokens)
+    sightings: list[Sighting] = []
+    with _parties(source, spec, sightings, training=phase == "training") as model:
+        written = _run(model, encoded, padding_token_id(tokenizer), phase, batch_rows, new_tokens)
+    view = split_view(sightings, plan=spec.plan, num_blocks=num_blocks(load_config(source, spec.task)), task=spec.task)
+    truth = Truth.of(encoded, tokenizer, texts=written, secrets=secrets)
+    return Rehearsal(view=view, truth=truth, sightings=tuple(sightings))
+
+
+@contextmanager
+def _parties(source: ModelSource, spec: SplitSpec, sightings: list[Sighting], *, training: bool) -> Iterator[nn.Module]:
+    blocks = num_blocks(load_config(source, spec.task))
+    own = load_segment(source, spec.plan.data_party(blocks), spec.task, seed=spec.seed)
+    body = load_segment(source, spec.plan.model_party(blocks), spec.task, seed=spec.seed)
+    server = SegmentServer(body, spec, body_mode=BodyMode.SYNCHRONOUS, deadline_s=_DEADLINE_S)
+    agreement = agreement_for(spec, own.model.config)
+
+    def look(seen: Sighting) -> None:
+        copies = {name: tensor.clone() for name, tensor in seen.tensors.items()}
+        sightings.append(replace(seen, tensors=copies))
+
+    with (
+        Hub(bind="inproc") as hub,
+        hub.open_session([PARTY], agreement, hosts={MODEL_PARTY: server}, deadline_s=_DEADLINE_S, tap=look) as session,
+    ):
+        server.begin([PARTY], server_round=1, training=training)
+        link = connect(
+            hub.address,
+            session=session.id,
+            party=PARTY,
+            ticket=session.tickets[PARTY],
+            agreement=agreement,
+            deadline_s=_DEADLINE_S,
+        )
+        with link, own.channel.joined(RemoteSegment(link, spec)):
+            own.model.train(training)
+            yield own.model
+
+
+def _run(
+    model: nn.Module, encoded: Sequence[Encoded], pad_id: int, phase: str, batch_rows: int, new_tokens: int
+) -> list[Tensor] | None:
+    written: list[Tensor] = []
+    for start in range(0, len(encoded), batch_rows):
+        side: Literal["left", "right"] = "left" if phase == "generation" else "right"
+        batch = collate(encoded[start : start + batch_rows], pad_token_id=pad_id, padding_side=side)
+        if phase == "generation":
+            ids_BT = _written(model, batch.input_ids, batch.attention_mask, pad_id, new_tokens)
+            width = batch.input_ids.shape[1]
+            for ids, mask in zip(ids_BT, batch.attention_mask, strict=True):
+                written.append(torch.cat([ids[:width][mask.bool()], ids[width:-1]]))
+        elif phase == "training":
+            model(**batch.inputs).loss.backward()
+        else:
+            with torch.no_grad():
+                model(**batch.inputs)
+    return written or None
+
+
+def _written(model: nn.Module, ids_BT: Tensor, mask_BT: Tensor, pad_id: int, new_tokens: int) -> Tensor:
+    with torch.no_grad():
+        generate = model.generate
+        written: Tensor = generate(  # type: ignore[operator]
+            input_ids=ids_BT,
+            attention_mask=mask_BT,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=pad_id,
+        )
+    return written
