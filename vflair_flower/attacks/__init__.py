@@ -7,7 +7,17 @@ real session of a victim, with its view and its truth).  The attacks are in `inv
 
 from vflair_flower.attacks.guesses import NOTHING, Guess, LabelGuess, MemberGuess, TextGuess
 from vflair_flower.attacks.knowledge import HeadKnowledge, Knowledge, auxiliary_texts
-from vflair_flower.attacks.registry import Attack, Attempt, Goal, attack, attacks, find_attack, load_attacks, run_attack
+from vflair_flower.attacks.registry import (
+    Attack,
+    Attempt,
+    Goal,
+    Phase,
+    attack,
+    attacks,
+    find_attack,
+    load_attacks,
+    run_attack,
+)
 from vflair_flower.attacks.surrogate import Surrogate, random_checkpoint
 from vflair_flower.attacks.view import Exchange, SplitView, split_view
 
@@ -22,6 +32,7 @@ __all__ = [
     "Knowledge",
     "LabelGuess",
     "MemberGuess",
+    "Phase",
     "SplitView",
     "Surrogate",
     "TextGuess",

@@ -10,7 +10,7 @@ Invariant: an attack gets a view and what its adversary knows, and gives a guess
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import import_module
@@ -24,6 +24,8 @@ import torch
 from vflair_flower.attacks.guesses import Guess
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.errors import ConfigurationError
+from vflair_flower.partition import Mode
+from vflair_flower.settings import TaskKind
 
 Setting = bool | int | float | str
 AttackFunction = Callable[..., Guess]
@@ -37,6 +39,14 @@ class Goal(StrEnum):
     TEXT = "text"
     LABELS = "labels"
     MEMBERS = "members"
+
+
+class Phase(StrEnum):
+    """What the victim must be doing for the attack to see enough."""
+
+    INFERENCE = "inference"
+    TRAINING = "training"
+    GENERATION = "generation"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +65,10 @@ class Attack:
         Where it is from, and where it differs.
     run : callable
         The function.
+    during : Phase
+        What the victim must be doing.
+    modes, kinds
+        The cuts and the tasks that it can be run at.
     """
 
     name: str
@@ -62,6 +76,9 @@ class Attack:
     sees: type
     paper: str
     run: AttackFunction
+    during: Phase = Phase.INFERENCE
+    modes: tuple[Mode, ...] = tuple(Mode)
+    kinds: tuple[TaskKind, ...] = tuple(TaskKind)
 
     @property
     def settings(self) -> Mapping[str, Setting]:
@@ -95,7 +112,16 @@ class Attempt:
 _ATTACKS: dict[str, Attack] = {}
 
 
-def attack(name: str, *, goal: Goal, sees: type, paper: str) -> Callable[[_FunctionT], _FunctionT]:
+def attack(
+    name: str,
+    *,
+    goal: Goal,
+    sees: type,
+    paper: str,
+    during: Phase = Phase.INFERENCE,
+    modes: Sequence[Mode] = tuple(Mode),
+    kinds: Sequence[TaskKind] = tuple(TaskKind),
+) -> Callable[[_FunctionT], _FunctionT]:
     """Register an attack under a name.
 
     Parameters
@@ -108,6 +134,10 @@ def attack(name: str, *, goal: Goal, sees: type, paper: str) -> Callable[[_Funct
         The kind of view that it takes, such as `SplitView`.
     paper : str
         Where it is from, and where it differs.
+    during : Phase
+        What the victim must be doing for the attack to see enough.
+    modes, kinds : sequences
+        The cuts and the tasks that it can be run at; all by default.
 
     Raises
     ------
@@ -121,7 +151,16 @@ def attack(name: str, *, goal: Goal, sees: type, paper: str) -> Callable[[_Funct
             raise ConfigurationError(
                 f"two attacks are called {name!r}, in {before.run.__module__} and {function.__module__}. Rename one."
             )
-        made = Attack(name=name, goal=goal, sees=sees, paper=paper, run=function)
+        made = Attack(
+            name=name,
+            goal=goal,
+            sees=sees,
+            paper=paper,
+            run=function,
+            during=during,
+            modes=tuple(modes),
+            kinds=tuple(kinds),
+        )
         bare = [key for key, default in made.settings.items() if not isinstance(default, Setting)]
         if bare:
             raise ConfigurationError(

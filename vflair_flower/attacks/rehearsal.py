@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from vflair_flower.attacks.registry import Phase
 from vflair_flower.attacks.scoring import Truth
 from vflair_flower.attacks.view import SplitView, split_view
 from vflair_flower.partition import ModelSource, load_segment
@@ -62,7 +63,7 @@ def rehearse(
     rows: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    phase: str = "inference",
+    phase: Phase | str = Phase.INFERENCE,
     batch_rows: int = 16,
     new_tokens: int = 32,
     secrets: Sequence[Secret] = (),
@@ -79,7 +80,7 @@ def rehearse(
         The victim's.
     tokenizer : PreTrainedTokenizerBase
         The model's.
-    phase : {"inference", "training", "generation"}
+    phase : Phase
         ``"inference"``: forward passes without gradients; ``"training"``: forward and backward passes with dropout as
         the model has it; ``"generation"``: prompts, and greedy tokens after them, through a cache.
     batch_rows : int
@@ -89,18 +90,18 @@ def rehearse(
     secrets : sequence of Secret
         Planted in the rows; they become part of the truth.
     """
-    one_of("phase", phase, ("inference", "training", "generation"))
+    one_of("phase", str(phase), tuple(Phase))
     training = replace(spec.training, batch_size=batch_rows, evaluation_batch_size=batch_rows)
     writing = GenerationSettings(max_rows=batch_rows, max_length=spec.training.max_tokens + new_tokens)
     spec = replace(spec, tuning=None, averaging="round", experts=None, training=training, generation=writing)
     encoded: Sequence[Encoded]
-    if phase == "generation":
+    if phase == Phase.GENERATION:
         prompts = [row for row in rows if isinstance(row, PromptRow)]
         encoded = encode_prompts(prompts, tokenizer, max_tokens=spec.training.max_tokens)
     else:
         encoded = encode_task(spec.task.kind, rows, tokenizer, max_tokens=spec.training.max_tokens)
     sightings: list[Sighting] = []
-    with _parties(source, spec, sightings, training=phase == "training") as model:
+    with _parties(source, spec, sightings, training=phase == Phase.TRAINING) as model:
         written = _run(model, encoded, padding_token_id(tokenizer), phase, batch_rows, new_tokens)
     view = split_view(sightings, plan=spec.plan, num_blocks=num_blocks(load_config(source, spec.task)), task=spec.task)
     truth = Truth.of(encoded, tokenizer, texts=written, secrets=secrets)
@@ -138,18 +139,18 @@ def _parties(source: ModelSource, spec: SplitSpec, sightings: list[Sighting], *,
 
 
 def _run(
-    model: nn.Module, encoded: Sequence[Encoded], pad_id: int, phase: str, batch_rows: int, new_tokens: int
+    model: nn.Module, encoded: Sequence[Encoded], pad_id: int, phase: Phase | str, batch_rows: int, new_tokens: int
 ) -> list[Tensor] | None:
     written: list[Tensor] = []
     for start in range(0, len(encoded), batch_rows):
-        side: Literal["left", "right"] = "left" if phase == "generation" else "right"
+        side: Literal["left", "right"] = "left" if phase == Phase.GENERATION else "right"
         batch = collate(encoded[start : start + batch_rows], pad_token_id=pad_id, padding_side=side)
-        if phase == "generation":
+        if phase == Phase.GENERATION:
             ids_BT = _written(model, batch.input_ids, batch.attention_mask, pad_id, new_tokens)
             width = batch.input_ids.shape[1]
             for ids, mask in zip(ids_BT, batch.attention_mask, strict=True):
                 written.append(torch.cat([ids[:width][mask.bool()], ids[width:-1]]))
-        elif phase == "training":
+        elif phase == Phase.TRAINING:
             model(**batch.inputs).loss.backward()
         else:
             with torch.no_grad():
