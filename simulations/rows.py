@@ -4,31 +4,23 @@ from functools import lru_cache
 
 from simulations.settings import JobSettings
 from vflair_flower.clients import PartyRows
-from vflair_flower.errors import DataError
 from vflair_flower.settings import TaskSettings
-from vflair_flower.tasks import DealSettings, Example, TaskDataset, TextDataset, deal, load_task, load_text_dataset
+from vflair_flower.tasks import DealSettings, Example, TaskDataset, TextDataset, deal, load_rows
 
 JobData = TextDataset | TaskDataset[Example]
 
 
 def load_dataset(settings: JobSettings) -> JobData:
     """Load the job's data set whole: texts with labels, or one of the catalogue's if the job names a task."""
-    if not settings.task:
-        return load_text_dataset(
-            settings.data,
-            text_column=settings.text_column,
-            label_column=settings.label_column,
-            base_dir=settings.base,
-        )
-    source = None if settings.data == "hub" else settings.base / settings.data
-    data = load_task(settings.task, source=source, seed=settings.seed, max_rows=settings.max_rows or None)
-    missing = [split for split in ("train", "validation") if not data.splits.get(split)]
-    if missing:
-        raise DataError(
-            f"the task {settings.task!r} has no {missing[0]} rows in {data.source}; a job trains and chooses by them. "
-            "Take a set that is not for testing only."
-        )
-    return data
+    return load_rows(
+        settings.data,
+        task=settings.task,
+        text_column=settings.text_column,
+        label_column=settings.label_column,
+        max_rows=settings.max_rows,
+        seed=settings.seed,
+        base_dir=settings.base,
+    )
 
 
 def task_of(data: JobData) -> TaskSettings:

@@ -246,7 +246,7 @@ def _text_rows(
         rows.true.append(true)
         for kind in ("rouge1", "rouge2", "rougeL"):
             _add(rows, kind, rouge(kind, guessed, [true]) if true else 0.0)
-        hits = [_holds(guessed, secret.value) for secret in truth.secrets if secret.row_id == _row_id(truth, index)]
+        hits = [shows(guessed, secret.value) for secret in truth.secrets if secret.row_id == _row_id(truth, index)]
         if hits:
             _add(rows, "secret_hit_rate", sum(hits) / len(hits))
     if embed is not None and rows.true:
@@ -308,7 +308,7 @@ def _matched(guess: TextGuess, truth: Truth) -> TextGuess:
     return TextGuess(ids=tuple(ordered), aligned=guess.aligned)
 
 
-def _holds(guessed: str, secret: str) -> bool:
+def shows(guessed: str, secret: str) -> bool:
     """Whether a text shows a secret, whatever its case and spaces."""
     return "".join(secret.lower().split()) in "".join(guessed.lower().split())
 

@@ -30,7 +30,7 @@ from vflair_flower.tasks.entries import HeldOut, Part, TaskEntry
 from vflair_flower.tasks.examples import Example, NumberRow, PromptRow, Row, Span, SpanRow, text_of
 from vflair_flower.tasks.images import encode_images
 from vflair_flower.tasks.likelihood import Likelihood, likelihoods
-from vflair_flower.tasks.loading import load_task
+from vflair_flower.tasks.loading import load_rows, load_task
 from vflair_flower.tasks.masking import encode_texts, mask_tokens
 from vflair_flower.tasks.messages import account_is_valid, generate_messages
 from vflair_flower.tasks.metrics import (
@@ -108,6 +108,7 @@ __all__ = [
     "generate_messages",
     "last_boxed",
     "likelihoods",
+    "load_rows",
     "load_task",
     "load_text_dataset",
     "majority_accuracy",

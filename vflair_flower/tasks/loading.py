@@ -18,11 +18,12 @@ from pathlib import Path
 from vflair_flower.errors import ConfigurationError, DataError
 from vflair_flower.tasks.catalogue import task_entry
 from vflair_flower.tasks.columns import Record, example_from, group_of, has_answers
-from vflair_flower.tasks.dataset import SPLITS, TaskDataset
+from vflair_flower.tasks.dataset import SPLITS, TaskDataset, TextDataset
 from vflair_flower.tasks.entries import HeldOut, Part, TaskEntry
 from vflair_flower.tasks.examples import Example, PromptRow, text_of
 from vflair_flower.tasks.hub import open_part
 from vflair_flower.tasks.jsonl import read_records
+from vflair_flower.tasks.rows import load_text_dataset
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,47 @@ def load_task(
     if source is None and "image" in entry.columns:
         splits = {split: _with_images(entry, rows) for split, rows in splits.items()}
     return TaskDataset(name=name, source=origin, kind=entry.kind, label_names=entry.label_names, splits=splits)
+
+
+def load_rows(
+    data: str,
+    *,
+    task: str = "",
+    text_column: str = "text",
+    label_column: str = "label",
+    max_rows: int = 0,
+    seed: int = 0,
+    base_dir: Path | None = None,
+) -> TextDataset | TaskDataset[Example]:
+    """Load the data set that a job names: texts with labels, or one of the catalogue's if it names a task.
+
+    Parameters
+    ----------
+    data : str
+        See `load_text_dataset`; with a task its folder, or ``"hub"``.
+    task : str
+        Name of a set of the catalogue, or empty.
+    text_column, label_column, base_dir
+        As in `load_text_dataset`.
+    max_rows, seed
+        As in `load_task`; 0 takes all rows.
+
+    Raises
+    ------
+    DataError
+        Nothing is found, what is found is broken, or it has no train or no validation rows.
+    """
+    if not task:
+        return load_text_dataset(data, text_column=text_column, label_column=label_column, base_dir=base_dir)
+    source = None if data == "hub" else (base_dir or Path()) / data
+    found = load_task(task, source=source, seed=seed, max_rows=max_rows or None)
+    missing = [split for split in ("train", "validation") if not found.splits.get(split)]
+    if missing:
+        raise DataError(
+            f"the task {task!r} has no {missing[0]} rows in {found.source}; a job trains and chooses by them. "
+            "Take a set that is not for testing only."
+        )
+    return found
 
 
 def _parts(entry: TaskEntry) -> dict[str, str]:

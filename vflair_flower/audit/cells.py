@@ -1,0 +1,298 @@
+"""The grid: attack x adversary x cut x knowledge x epoch x defence x seed, and what a cell of it gives.
+
+A cell is plain text and numbers, so that it travels in a message and stands in a file; the same cell gives the same
+figures wherever it is run.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from vflair_flower.attacks import Goal, HeadKnowledge, attacks, find_attack
+from vflair_flower.attacks.registry import Attack, parse_settings
+from vflair_flower.attacks.scoring import Figure
+from vflair_flower.audit.views import ADVERSARIES, adversary_of
+from vflair_flower.errors import ConfigurationError
+from vflair_flower.partition import Mode, PartitionPlan
+from vflair_flower.settings import TaskKind, one_of
+
+EPOCHS = ("start", "end")
+"""Before the first step, and after the last."""
+OWN, ALL = "own", "all"
+NO_DEFENCE = "none"
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Cell:
+    """What is asked.
+
+    Parameters
+    ----------
+    attack : str
+        Its name, perhaps with settings: ``"vmi:steps=100"``.
+    adversary : str
+        Who attacks, such as ``"model-party"``.
+    cut : str
+        Where the model is cut (``"HBT 1|4|1"``, ``"HT 2|4"``), or what the adversary holds of it.
+    knowledge : str
+        Of the parts that it does not hold: ``"exact"``, ``"public"`` or ``"architecture"``.
+    epoch : str
+        ``"start"`` or ``"end"`` of training.
+    defence : str
+        What was done against it; ``"none"``.
+    seed : int
+        Of the choice of rows and of the attack.
+    """
+
+    attack: str
+    adversary: str
+    cut: str
+    knowledge: str
+    epoch: str
+    defence: str = NO_DEFENCE
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """Unique in an audit."""
+        return "/".join(
+            (self.attack, self.adversary, self.cut, self.knowledge, self.epoch, self.defence, f"{self.seed}")
+        )
+
+    @property
+    def which(self) -> Attack:
+        """The attack."""
+        return find_attack(parse_settings(self.attack)[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class CellResult:
+    """What a cell gave.
+
+    Parameters
+    ----------
+    cell : Cell
+        What was asked.
+    n : int
+        Rows that were attacked.
+    figures : mapping of str to Figure
+        By metric.
+    seconds, memory_bytes
+        What the attack took.
+    examples : tuple of (str, str)
+        A few true texts and what the adversary made of them; empty where the attack is not after texts.
+    found_secrets : tuple of str
+        Planted secrets that stand in what the adversary made of the texts.
+    planted_secrets : int
+        How many there were in the rows that were attacked.
+    """
+
+    cell: Cell
+    n: int
+    figures: dict[str, Figure]
+    seconds: float
+    memory_bytes: int
+    examples: tuple[tuple[str, str], ...] = ()
+    found_secrets: tuple[str, ...] = ()
+    planted_secrets: int = 0
+
+    def to_json(self) -> str:
+        """Return one line of JSON, with nothing left out."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "CellResult":
+        """Return what `to_json` wrote."""
+        values: dict[str, Any] = json.loads(text)
+        return cls(
+            **{
+                **values,
+                "cell": Cell(**values["cell"]),
+                "figures": {name: Figure(**figure) for name, figure in values["figures"].items()},
+                "examples": tuple((true, found) for true, found in values["examples"]),
+                "found_secrets": tuple(values["found_secrets"]),
+            }
+        )
+
+    def to_row(self) -> dict[str, object]:
+        """Return the row that `vflair audit --json` prints; it holds no text of the victim's."""
+        return {
+            **asdict(self.cell),
+            "n": self.n,
+            "metrics": {name: figure.value for name, figure in self.figures.items()},
+            "chance": {name: figure.chance for name, figure in self.figures.items()},
+            "interval": {name: [figure.low, figure.high] for name, figure in self.figures.items()},
+            "secrets": {"planted": self.planted_secrets, "found": len(self.found_secrets)},
+            "seconds": round(self.seconds, 3),
+            "memory_bytes": self.memory_bytes,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class GridSettings:
+    """Which cells an audit has; every field is a list with blanks or commas between.
+
+    Parameters
+    ----------
+    attacks : str
+        Names, perhaps with settings after a colon (blanks between attacks then), or ``"all"``.
+    cuts : str
+        ``"own"`` (the run's), ``"all"`` (1..N-1 in both modes), or cuts such as ``"HBT 1|4|1; HT 2|4"``.
+    knowledge : str
+        Of ``exact``, ``public`` and ``architecture``.
+    epochs : str
+        Of ``start`` and ``end``.
+    seeds : str
+        Numbers.
+
+    Raises
+    ------
+    ConfigurationError
+        A name is unknown, or a list is empty.
+    """
+
+    attacks: str = ALL
+    cuts: str = OWN
+    knowledge: str = "public"
+    epochs: str = "end"
+    seeds: str = "0"
+
+    def __post_init__(self) -> None:
+        for name in ("attacks", "cuts", "knowledge", "epochs", "seeds"):
+            if not getattr(self, name).strip():
+                raise ConfigurationError(f"{name} is empty, so the audit would have no cell. Name one or more.")
+        for one in self.attack_list:
+            parse_settings(one)
+        for one in _words(self.knowledge):
+            one_of("knowledge", one, tuple(HeadKnowledge))
+        for one in _words(self.epochs):
+            one_of("epochs", one, EPOCHS)
+        if not all(one.isdecimal() for one in _words(self.seeds)):
+            raise ConfigurationError(f"seeds is {self.seeds!r}; write whole numbers with blanks between.")
+
+    @property
+    def attack_list(self) -> list[str]:
+        """The attacks, each with its settings."""
+        return list(attacks()) if self.attacks.strip() == ALL else self.attacks.split()
+
+
+def cells_of(
+    settings: GridSettings,
+    *,
+    own: PartitionPlan,
+    num_blocks: int,
+    kind: TaskKind,
+    adversaries: Iterable[str] = ADVERSARIES,
+) -> list[Cell]:
+    """Return all cells that make sense: attacks that fit the task, the cut and what the adversaries see.
+
+    Parameters
+    ----------
+    settings : GridSettings
+        What is asked for.
+    own : PartitionPlan
+        The run's cut.
+    num_blocks : int
+        Of its model.
+    kind : TaskKind
+        Of its task.
+    adversaries : iterable of str
+        Those whose views can be had.
+
+    Raises
+    ------
+    ConfigurationError
+        No attack fits; the error says why not.
+    """
+    plans = plans_of(settings.cuts, own=own, num_blocks=num_blocks)
+    cells: set[Cell] = set()
+    reasons: dict[str, str] = {}
+    possible = set(adversaries)
+    for text in settings.attack_list:
+        which = find_attack(parse_settings(text)[0])
+        adversary = adversary_of(which.sees)
+        if adversary not in possible:
+            reasons[which.name] = f"nobody in this run sees a {which.sees.__name__}"
+            continue
+        if kind not in which.kinds:
+            reasons[which.name] = f"it does not work on {kind.value}"
+            continue
+        cut_matters = adversary == "model-party"
+        chosen = [plan for plan in plans if plan.mode in which.modes] if cut_matters else [own]
+        if not chosen:
+            reasons[which.name] = f"it works at {' and '.join(mode.value for mode in which.modes)} cuts only"
+        for plan in chosen:
+            for knowledge in _words(settings.knowledge):
+                for epoch in _words(settings.epochs):
+                    for seed in _words(settings.seeds):
+                        cells.add(
+                            Cell(
+                                attack=text,
+                                adversary=adversary,
+                                cut=cut_text(plan, num_blocks) if cut_matters else "-",
+                                knowledge=knowledge,
+                                epoch=epoch,
+                                seed=int(seed),
+                            )
+                        )
+    if not cells:
+        raise ConfigurationError(
+            f"no cell of the audit can be run: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}."
+        )
+    return sorted(cells)
+
+
+def plans_of(text: str, *, own: PartitionPlan, num_blocks: int) -> list[PartitionPlan]:
+    """Return the cuts that a setting names; raise ConfigurationError or PartitionError for what is none."""
+    if text.strip() == OWN:
+        return [own]
+    if text.strip() == ALL:
+        tail = own.tail_blocks if own.mode is Mode.HBT else 1
+        split = [
+            PartitionPlan(mode=Mode.HBT, head_blocks=head, tail_blocks=min(tail, num_blocks - head - 1))
+            for head in range(1, num_blocks)
+        ]
+        return [
+            *split,
+            *(PartitionPlan(mode=Mode.HT, head_blocks=head, tail_blocks=0) for head in range(1, num_blocks)),
+        ]
+    plans = [parse_cut(part) for part in text.split(";") if part.strip()]
+    for plan in plans:
+        plan.model_party(num_blocks)
+    return plans
+
+
+def cut_text(plan: PartitionPlan, num_blocks: int) -> str:
+    """Return a cut in words: mode, and how many blocks each part has."""
+    body = num_blocks - plan.head_blocks - plan.tail_blocks
+    parts = (plan.head_blocks, body, plan.tail_blocks) if plan.mode is Mode.HBT else (plan.head_blocks, body)
+    return f"{plan.mode.value} {'|'.join(map(str, parts))}"
+
+
+def parse_cut(text: str) -> PartitionPlan:
+    """Read a cut that `cut_text` wrote; raise ConfigurationError for anything else."""
+    mode, _, numbers = text.strip().partition(" ")
+    counts = numbers.split("|")
+    if (
+        mode not in tuple(Mode)
+        or len(counts) != (3 if mode == Mode.HBT else 2)
+        or not all(n.isdecimal() for n in counts)
+    ):
+        raise ConfigurationError(f"the cut is {text!r}; write it as 'HBT 1|4|1' or 'HT 2|4', in blocks.")
+    tail = int(counts[2]) if mode == Mode.HBT else 0
+    return PartitionPlan(mode=Mode(mode), head_blocks=int(counts[0]), tail_blocks=tail)
+
+
+def main_metric(goal: Goal, figures: Sequence[str]) -> str:
+    """Return the metric that a cell is shown by."""
+    wanted = {
+        Goal.TEXT: ("position_accuracy", "token_f1"),
+        Goal.LABELS: ("label_accuracy", "auc"),
+        Goal.MEMBERS: ("auc",),
+    }[goal]
+    return next((name for name in wanted if name in figures), wanted[0])
+
+
+def _words(text: str) -> list[str]:
+    return text.replace(",", " ").split()
