@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from vflair_flower.cli_audit import audit
 from vflair_flower.cli_generation import chat, evaluate, generate, serve
 from vflair_flower.errors import VflairError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Split learning of large language models on Flower.", no_args_is_help=True, add_completion=False)
 _console = Console()
-for _command in (serve, generate, chat, evaluate):
+for _command in (serve, generate, chat, evaluate, audit):
     app.command()(_command)
 
 

@@ -23,6 +23,9 @@ SERVE = "vflair_model_party"
 GENERATE = "vflair_generate"
 """Name of the query that asks data parties to write texts: message type ``query.vflair_generate``."""
 
+AUDIT = "vflair_audit"
+"""Name of the query that asks a node to run a cell of an audit: message type ``query.vflair_audit``."""
+
 HAND_OVER = "vflair_hand_over"
 """Name of the query that asks parties for their parts of a finished model: message type ``query.vflair_hand_over``."""
 

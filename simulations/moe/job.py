@@ -7,7 +7,6 @@ fails is reported and the others go on; the run then ends with an error that nam
 import json
 import math
 import time
-from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from logging import INFO, WARNING
@@ -29,12 +28,11 @@ from simulations.results import point_latest, versions
 from vflair_flower.errors import CheckpointError, ConfigurationError
 from vflair_flower.partition import load_config, resolve_model
 from vflair_flower.settings import TaskKind, TaskSettings
-from vflair_flower.strategies.grid import reason_of
+from vflair_flower.strategies.cells import run_cells
 
 CELL = "cell"
 """The message type's action: ``query.cell``."""
 SCHEMA_VERSION = 1
-_POLL_S = 0.2
 _MEMORY_ROWS, _MEMORY_TOKENS = 2, 64
 _SPEED_ROWS, _SPEED_TOKENS, _SPEED_STEPS = 4, 64, 6
 _SPEED_DELAYS_S = (0.0, 0.02)
@@ -215,32 +213,28 @@ def _run_cells(
     grid: Grid, settings: MoeSettings, model: str, cells: list[Cell], done: dict[Cell, CellResult], run_dir: Path
 ) -> dict[str, str]:
     """Run cells at nodes, some at once; returns those that failed and why."""
-    waiting, failed = list(cells), {}
-    nodes = sorted(grid.get_node_ids())[: settings.moe_cells_at_once]
-    running: dict[str, tuple[Cell, int]] = {}
+    failed: dict[str, str] = {}
     total = len(cells) + len(done)
-    while waiting or running:
-        while waiting and nodes:
-            cell, node = waiting.pop(0), nodes.pop(0)
-            asked = ConfigRecord({"cell": json.dumps(asdict(cell)), "model": model})
-            message = Message(RecordDict({"config": asked}), dst_node_id=node, message_type=f"query.{CELL}")
-            running[next(iter(grid.push_messages([message])))] = (cell, node)
-        for reply in _replies(grid, list(running)):
-            cell, node = running.pop(reply.metadata.reply_to_message_id)
-            nodes.append(node)
-            if reply.has_error():
-                failed[cell.name] = reason_of(reply)
-                log(WARNING, "cell %s failed: %s", cell.name, failed[cell.name])
-                continue
-            result = CellResult.from_json(str(reply.content["result"]["result"]))
-            done[cell] = result
-            with (run_dir / "cells.jsonl").open("a") as file:
-                file.write(result.to_json() + "\n")
-            figures = (len(done), total, cell.name, result.perplexity, result.seconds)
-            log(INFO, "%d/%d  %-36s perplexity %.1f  %.0f s", *figures)
+
+    def keep(cell: Cell, content: RecordDict) -> None:
+        result = CellResult.from_json(str(content["result"]["result"]))
+        done[cell] = result
+        with (run_dir / "cells.jsonl").open("a") as file:
+            file.write(result.to_json() + "\n")
+        figures = (len(done), total, cell.name, result.perplexity, result.seconds)
+        log(INFO, "%d/%d  %-36s perplexity %.1f  %.0f s", *figures)
+
+    def fail(cell: Cell, reason: str) -> None:
+        failed[cell.name] = reason
+        log(WARNING, "cell %s failed: %s", cell.name, reason)
+
+    run_cells(
+        grid,
+        cells,
+        action=CELL,
+        ask=lambda cell: {"cell": json.dumps(asdict(cell)), "model": model},
+        at_once=settings.moe_cells_at_once,
+        on_done=keep,
+        on_failed=fail,
+    )
     return failed
-
-
-def _replies(grid: Grid, ids: list[str]) -> Iterator[Message]:
-    time.sleep(_POLL_S)
-    yield from grid.pull_messages(ids)

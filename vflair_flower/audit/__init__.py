@@ -5,9 +5,10 @@ adversary sees and knows at a cell), `run` (one cell), `gate` (bounds that may n
 in `vflair_flower.attacks`; Flower jobs that run cells are `vflair_flower.strategies.LeakageAudit`.
 """
 
+from vflair_flower.audit.book import AuditBook
 from vflair_flower.audit.cells import Cell, CellResult, GridSettings, cells_of
 from vflair_flower.audit.gate import Bounds, exceeded
 from vflair_flower.audit.run import run_cell
 from vflair_flower.audit.subject import Subject
 
-__all__ = ["Bounds", "Cell", "CellResult", "GridSettings", "Subject", "cells_of", "exceeded", "run_cell"]
+__all__ = ["AuditBook", "Bounds", "Cell", "CellResult", "GridSettings", "Subject", "cells_of", "exceeded", "run_cell"]

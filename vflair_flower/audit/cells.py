@@ -5,17 +5,18 @@ figures wherever it is run.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from vflair_flower.attacks import Goal, HeadKnowledge, attacks, find_attack
 from vflair_flower.attacks.registry import Attack, parse_settings
 from vflair_flower.attacks.scoring import Figure
-from vflair_flower.audit.views import ADVERSARIES, adversary_of
+from vflair_flower.audit.subject import Subject
+from vflair_flower.audit.views import adversary_of
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import Mode, PartitionPlan
-from vflair_flower.settings import TaskKind, one_of
+from vflair_flower.settings import one_of
 
 EPOCHS = ("start", "end")
 """Before the first step, and after the last."""
@@ -177,38 +178,26 @@ class GridSettings:
         return list(attacks()) if self.attacks.strip() == ALL else self.attacks.split()
 
 
-def cells_of(
-    settings: GridSettings,
-    *,
-    own: PartitionPlan,
-    num_blocks: int,
-    kind: TaskKind,
-    adversaries: Iterable[str] = ADVERSARIES,
-) -> list[Cell]:
-    """Return all cells that make sense: attacks that fit the task, the cut and what the adversaries see.
+def cells_of(settings: GridSettings, subject: Subject) -> list[Cell]:
+    """Return all cells that make sense: attacks that fit the task, the cut and what adversaries see.
 
     Parameters
     ----------
     settings : GridSettings
         What is asked for.
-    own : PartitionPlan
-        The run's cut.
-    num_blocks : int
-        Of its model.
-    kind : TaskKind
-        Of its task.
-    adversaries : iterable of str
-        Those whose views can be had.
+    subject : Subject
+        The run.
 
     Raises
     ------
     ConfigurationError
         No attack fits; the error says why not.
     """
+    own, num_blocks, kind = subject.spec.plan, subject.num_blocks, subject.spec.task.kind
+    possible = subject.adversaries
     plans = plans_of(settings.cuts, own=own, num_blocks=num_blocks)
     cells: set[Cell] = set()
     reasons: dict[str, str] = {}
-    possible = set(adversaries)
     for text in settings.attack_list:
         which = find_attack(parse_settings(text)[0])
         adversary = adversary_of(which.sees)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from vflair_flower.audit.views import ADVERSARIES
 from vflair_flower.errors import ConfigurationError, DataError
 from vflair_flower.partition import ModelSource, load_config, load_tokenizer, resolve_model
 from vflair_flower.partition.merging import SPEC_FILE, merge_model
@@ -62,6 +63,11 @@ class Subject:
                     f"{folder} has no {file.relative_to(folder)}, so it is no finished run of which an audit could "
                     "have the models. Name a folder such as runs/latest, of a run whose strategy held the body."
                 )
+
+    @property
+    def adversaries(self) -> frozenset[str]:
+        """Those whose views can be had of this run."""
+        return frozenset(ADVERSARIES)
 
     def to_json(self) -> str:
         """Return the subject as JSON text."""
@@ -119,6 +125,10 @@ class Subject:
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
         return ModelSource(name=self.public.name, location=str(folder))
+
+    def prepare(self) -> None:
+        """Do what is done once for all cells."""
+        self.trained()
 
     def source(self, epoch: str) -> ModelSource:
         """Return the victim's model at an epoch: ``"start"`` or ``"end"``."""
