@@ -27,8 +27,7 @@ from simulations.moe.methods import WRITE, load_whole, quiet_flower
 from simulations.moe.party import PeakSampler, made_up_batch, warm_up
 from vflair_flower.clients import ExpertParty, PartyRows, expert_session
 from vflair_flower.clients.store import PartyStore
-from vflair_flower.experts import expert_layer_names, num_experts, place_experts
-from vflair_flower.experts.loading import backbone_parameters
+from vflair_flower.experts.loading import backbone_parameters, layers_and_placement
 from vflair_flower.memory import ActivationMeter
 from vflair_flower.partition import load_config, resolve_model
 from vflair_flower.session import LinkEmulation
@@ -394,11 +393,8 @@ def _own_dir(context: Context) -> Path:
 
 def _same_parameters(whole: nn.Module, spec: SplitSpec, folders: Sequence[Path]) -> bool:
     """Whether the first party's own model and all parties' experts are the whole model's parameters."""
-    config = load_config(resolve_model(spec.model), spec.task)
-    layers = expert_layer_names(config, spec.task)
     names = [f"party-{i}" for i in range(len(folders))]
-    assert spec.experts is not None
-    placement = place_experts(spec.experts, names, layers=len(layers), experts=num_experts(config))
+    layers, placement = layers_and_placement(load_config(resolve_model(spec.model), spec.task), spec, names)
     expected = dict(whole.named_parameters())
     for index, (name, folder) in enumerate(zip(names, folders, strict=True)):
         state = PartyStore(folder / "models", job="job", party=name).load(1)

@@ -39,14 +39,8 @@ from simulations.baseline import JoinedOrder
 from simulations.local_grid import LocalGrid
 from simulations.moe.choices import perplexity, row_likelihoods
 from vflair_flower.clients import ExpertParty, PartyRows
-from vflair_flower.experts import (
-    count_coactivation,
-    expert_layer_names,
-    num_experts,
-    place_by_coactivation,
-    place_experts,
-    route_locally,
-)
+from vflair_flower.experts import count_coactivation, place_by_coactivation, route_locally
+from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.experts.modules import expert_modules
 from vflair_flower.memory import ActivationMeter, MemoryParts, optimizer_bytes, tensor_bytes
 from vflair_flower.partition import load_config, resolve_model
@@ -327,12 +321,9 @@ def _rounds(
 
 def _joined_models(spec: SplitSpec, job: Job, parties: int) -> Iterator[PreTrainedModel]:
     """Yield each party's own model with all hosts' experts in it: what it computes when it calls them."""
-    source = resolve_model(spec.model)
-    config = load_config(source, spec.task)
-    layers = expert_layer_names(config, spec.task)
-    names = [f"party-{i}" for i in range(parties)]
     assert spec.experts is not None
-    placement = place_experts(spec.experts, names, layers=len(layers), experts=num_experts(config))
+    names = [f"party-{i}" for i in range(parties)]
+    layers, placement = layers_and_placement(load_config(resolve_model(spec.model), spec.task), spec, names)
     states = [_newest(job.work_dir / name / "models" / "cell" / name) for name in names]
     model = load_whole(job.model)
     held = dict(model.named_parameters())

@@ -23,12 +23,12 @@ from vflair_flower.experts import (
     load_backbone,
     load_experts,
     num_experts,
-    place_experts,
     tune_experts,
 )
 from vflair_flower.experts.blocks import LentChannel
 from vflair_flower.experts.handoff import HandOff, hands_off
 from vflair_flower.experts.leads import Lead
+from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.partition import ModelSource, make_trainable, resolve_model
 from vflair_flower.partition.sources import load_config
@@ -78,9 +78,7 @@ class House:
     source: ModelSource
 
     def placement(self, names: list[str]) -> Placement:
-        config = load_config(self.source, self.spec.task)
-        layers = expert_layer_names(config, self.spec.task)
-        return place_experts(self.spec.experts, names, layers=len(layers), experts=num_experts(config))
+        return layers_and_placement(load_config(self.source, self.spec.task), self.spec, names)[1]
 
     def whole(self) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(self.source.location, dtype=self.spec.weights.torch_dtype)
@@ -91,8 +89,8 @@ class House:
     @contextlib.contextmanager
     def open(self, count: int, *, training: bool = True, deadline_s: float = DEADLINE_S) -> Iterator[list[Company]]:
         names = [f"party-{i}" for i in range(count)]
-        config, placement = load_config(self.source, self.spec.task), self.placement(names)
-        layers = expert_layer_names(config, self.spec.task)
+        config = load_config(self.source, self.spec.task)
+        layers, placement = layers_and_placement(config, self.spec, names)
         agreement = expert_agreement(self.spec, config)
         with contextlib.ExitStack() as stack:
             hub = stack.enter_context(Hub(bind="inproc"))

@@ -13,8 +13,7 @@ from simulations.local_grid import LocalGrid
 from tests.experts.moe_app import app
 from tests.tiny import LABELS, save_tiny, tiny_rows
 from vflair_flower.errors import ConfigurationError, PartyLostError
-from vflair_flower.experts import place_experts
-from vflair_flower.experts.loading import expert_layer_names
+from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.partition import Segment, load_config, load_segment, resolve_model
 from vflair_flower.settings import ExpertSettings, LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
@@ -89,10 +88,8 @@ def kept(nodes: list[dict], job: str, server_round: int) -> list[dict]:
 
 def whole_of(states: list[dict], spec: SplitSpec, owner: int) -> dict[str, torch.Tensor]:
     """Put one party's own model and all hosts' experts together."""
-    config = load_config(resolve_model(spec.model), spec.task)
-    layers = expert_layer_names(config, spec.task)
     names = [f"party-{i}" for i in range(PARTIES)]
-    placement = place_experts(spec.experts, names, layers=len(layers), experts=EXPERTS)
+    layers, placement = layers_and_placement(load_config(resolve_model(spec.model), spec.task), spec, names)
     model = dict(states[owner]["own"])
     for index, layer in enumerate(layers):
         for leaf in ("gate_up_proj", "down_proj"):
@@ -255,8 +252,7 @@ def test_copies_stand_in_for_a_lost_party_and_it_does_not_come_back_with_old_one
     assert "has not ended round" in strategy.history[2].lost["party-2"]
     assert [record.steps for record in strategy.history] == [4, 4, 4]
     names = [f"party-{i}" for i in range(PARTIES)]
-    placement = place_experts(spec.experts, names, layers=BLOCKS, experts=EXPERTS)
-    layers = expert_layer_names(load_config(resolve_model(spec.model), spec.task), spec.task)
+    layers, placement = layers_and_placement(load_config(resolve_model(spec.model), spec.task), spec, names)
     seen: dict[tuple[str, int], torch.Tensor] = {}
     compared = 0
     left = [node for i, node in enumerate(nodes) if i != 2]

@@ -29,11 +29,9 @@ from vflair_flower.experts import (
     expert_layer_names,
     load_backbone,
     load_experts,
-    num_experts,
-    place_experts,
 )
 from vflair_flower.experts.body import BodyChannel, BodyLink, SpreadBody, StepsOfBoth, joint_agreement
-from vflair_flower.experts.loading import own_segment
+from vflair_flower.experts.loading import layers_and_placement, own_segment
 from vflair_flower.partition import PartitionPlan, resolve_model
 from vflair_flower.partition.sources import load_config
 from vflair_flower.partition.structure import num_blocks
@@ -52,8 +50,8 @@ def open_split(house: Any, count: int, *, deadline_s: float = DEADLINE_S) -> Ite
     """As `House.open`, with a body at the hub."""
     spec, source = house.spec, house.source
     names = [f"party-{i}" for i in range(count)]
-    config, placement = load_config(source, spec.task), house.placement(names)
-    layers = expert_layer_names(config, spec.task)
+    config = load_config(source, spec.task)
+    layers, placement = layers_and_placement(config, spec, names)
     agreement = joint_agreement(expert_agreement(spec, config), agreement_for(spec, config))
     middle, channel = spec.plan.model_party(num_blocks(config)), BodyChannel()
     loaded, _ = load_backbone(source, spec.task, seed=3, segment=middle, channel=channel)
@@ -215,13 +213,12 @@ def whole_after(strategy: CollaborativeMoE, nodes: list[dict]) -> dict[str, torc
     folders = [Path(node["state-dir"]) / "models" / "job" / name for node, name in zip(nodes, names, strict=True)]
     states = [torch.load(folder / "round-00002.pt", weights_only=True) for folder in folders]
     config = load_config(resolve_model(strategy.spec.model), strategy.spec.task)
-    layers, count = expert_layer_names(config, strategy.spec.task), num_experts(config)
-    placement = place_experts(strategy.spec.experts, names, layers=len(layers), experts=count)
+    layers, placement = layers_and_placement(config, strategy.spec, names)
     whole = {**states[1]["own"], **strategy._body.trained_state()}
     for layer, name in enumerate(layers):
         for leaf in (n for n in states[0]["host"]["trained"] if n.startswith(f"{name}.")):
             parts = [state["host"]["trained"][leaf] for state in states]
-            whole[leaf] = torch.full((count, *parts[0].shape[1:]), float("nan"))
+            whole[leaf] = torch.full((len(placement.host_of[0]), *parts[0].shape[1:]), float("nan"))
             for party, part in zip(names, parts, strict=True):
                 whole[leaf][list(placement.experts_of(party)[layer])] = part
     return whole
