@@ -19,13 +19,13 @@ from vflair_flower.experts import (
     ExpertHost,
     Placement,
     expert_agreement,
-    expert_layer_names,
     load_backbone,
     load_experts,
     num_experts,
     tune_experts,
 )
 from vflair_flower.experts.blocks import LentChannel
+from vflair_flower.experts.finished import joined_experts
 from vflair_flower.experts.handoff import HandOff, hands_off
 from vflair_flower.experts.leads import Lead
 from vflair_flower.experts.loading import layers_and_placement
@@ -154,20 +154,9 @@ def batch_of(seed: int, rows: int = 3, tokens: int = 9) -> dict[str, Tensor]:
 
 def merged(companies: list[Company], house: House, owner: int = 0) -> dict[str, Tensor]:
     """Return the parameters of the model that an owner and all hosts together hold, by name."""
-    held = {name: p.detach() for name, p in companies[owner].model.named_parameters()}
-    placement = house.placement([company.name for company in companies])
-    whole = {name: p for name, p in house.whole().named_parameters() if name not in held}
-    layers = expert_layer_names(load_config(house.source, house.spec.task), house.spec.task)
-    for name, like in whole.items():
-        layer = next(i for i, own in enumerate(layers) if name.startswith(own + "."))
-        full = torch.full_like(like, float("nan"))
-        for company in companies:
-            own = dict(company.host.module.named_parameters())
-            experts = list(placement.experts_of(company.name)[layer])
-            if experts:
-                full[experts] = own[name].detach()
-        held[name] = full
-    return held
+    config = load_config(house.source, house.spec.task)
+    own = {name: p.detach() for name, p in companies[owner].model.named_parameters()}
+    return own | joined_experts(config, house.spec, {c.name: c.host.trained_state() for c in companies})
 
 
 @pytest.fixture(scope="session")

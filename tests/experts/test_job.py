@@ -13,6 +13,7 @@ from simulations.local_grid import LocalGrid
 from tests.experts.moe_app import app
 from tests.tiny import LABELS, save_tiny, tiny_rows
 from vflair_flower.errors import ConfigurationError, PartyLostError
+from vflair_flower.experts.finished import joined_experts
 from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.partition import Segment, load_config, load_segment, resolve_model
 from vflair_flower.settings import ExpertSettings, LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings
@@ -88,18 +89,8 @@ def kept(nodes: list[dict], job: str, server_round: int) -> list[dict]:
 
 def whole_of(states: list[dict], spec: SplitSpec, owner: int) -> dict[str, torch.Tensor]:
     """Put one party's own model and all hosts' experts together."""
-    names = [f"party-{i}" for i in range(PARTIES)]
-    layers, placement = layers_and_placement(load_config(resolve_model(spec.model), spec.task), spec, names)
-    model = dict(states[owner]["own"])
-    for index, layer in enumerate(layers):
-        for leaf in ("gate_up_proj", "down_proj"):
-            name = f"{layer}.{leaf}"
-            parts = [state["host"]["trained"][name] for state in states]
-            full = torch.full((EXPERTS, *parts[0].shape[1:]), float("nan"))
-            for party, part in zip(names, parts, strict=True):
-                full[list(placement.experts_of(party)[index])] = part
-            model[name] = full
-    return model
+    trained = {f"party-{i}": state["host"]["trained"] for i, state in enumerate(states)}
+    return states[owner]["own"] | joined_experts(load_config(resolve_model(spec.model), spec.task), spec, trained)
 
 
 @pytest.mark.parametrize("experts", [ExpertSettings(), ExpertSettings(combine="host")], ids=["owner", "host"])
