@@ -9,7 +9,7 @@ so that its own caller is still there to hear of it.
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -196,11 +196,8 @@ class Lead:
         if self._training:
             self._host.take_turn(owner)
         index, entered = int(request.meta["block"]), self._read(request, keep=keep)
-        with (
-            self._channel.lent(caller),
-            torch.set_grad_enabled(keep),
-            count_kept(self._runner.blocks.parameters()) as inside_bytes,
-        ):
+        counting = count_kept(self._runner.blocks.parameters()) if keep else nullcontext(lambda: 0)
+        with self._channel.lent(caller), torch.set_grad_enabled(keep), counting as inside_bytes:
             output_ND, lead = self._runner.run(index, entered)
         if keep:
             kept = _Kept(index=index, entered_STD=entered.hidden_STD, output_ND=output_ND, inside_bytes=inside_bytes())
