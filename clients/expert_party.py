@@ -31,11 +31,9 @@ from vflair_flower.experts import (
     ExpertChannel,
     ExpertHost,
     Placement,
-    expert_layer_names,
     load_backbone,
     load_experts,
     num_experts,
-    place_experts,
     route_locally,
     tune_experts,
 )
@@ -44,7 +42,7 @@ from vflair_flower.experts.blocks import LentChannel
 from vflair_flower.experts.body import BodyLink, StepsOfBoth
 from vflair_flower.experts.handoff import hands_off
 from vflair_flower.experts.leads import Lead
-from vflair_flower.experts.loading import own_segment
+from vflair_flower.experts.loading import layers_and_placement, own_segment
 from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.memory import MemoryParts
 from vflair_flower.partition import (
@@ -285,11 +283,8 @@ def _own_model(source: ModelSource, spec: SplitSpec) -> tuple[LoadedSegment, nn.
 
 
 def _host(source: ModelSource, spec: SplitSpec, offer: SessionOffer) -> tuple[ExpertHost, Placement]:
-    if spec.experts is None:
-        raise ConfigurationError("the message is of a job without experts; register a DataParty for it.")
     config = load_admitted_config(source, spec.task)
-    names = expert_layer_names(config, spec.task)
-    placement = place_experts(spec.experts, offer.parties, layers=len(names), experts=num_experts(config))
+    names, placement = layers_and_placement(config, spec, offer.parties)
     own = placement.experts_of(offer.party)
     by_name = dict(zip(names, own, strict=True))
     module = load_experts(source, by_name, spec.task, weights=spec.weights)

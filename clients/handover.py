@@ -12,8 +12,8 @@ from torch import Tensor
 from vflair_flower.clients.store import PartyStore
 from vflair_flower.control import PartRequest
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.experts import expert_layer_names, num_experts, place_experts
 from vflair_flower.experts.finished import finished_backbone, finished_experts
+from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.experts.parcels import to_records
 from vflair_flower.partition import ModelSource
 from vflair_flower.partition.sources import load_config
@@ -89,12 +89,9 @@ def _experts(
     request: PartRequest, spec: SplitSpec, source: ModelSource, saved: dict[str, dict[str, dict[str, Tensor]]] | None
 ) -> dict[str, Tensor]:
     """Return this party's experts of one layer by the names of the whole model's parameters."""
-    assert spec.experts is not None
-    config = load_config(source, spec.task)
-    names = expert_layer_names(config, spec.task)
+    names, placement = layers_and_placement(load_config(source, spec.task), spec, request.parties)
     if not 0 <= request.layer < len(names):
         raise ConfigurationError(f"the message asks for layer {request.layer}, and {len(names)} have experts.")
-    placement = place_experts(spec.experts, request.parties, layers=len(names), experts=num_experts(config))
     own = placement.experts_of(request.party)[request.layer]
     wanted = {each: own if each == names[request.layer] else () for each in names}
     trained = None if saved is None else saved["host"]["trained"]

@@ -21,12 +21,12 @@ from flwr.serverapp.strategy import Strategy
 
 from vflair_flower.certificate import load_admitted_config
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.experts import expert_agreement, expert_layer_names, load_backbone, num_experts, place_experts
+from vflair_flower.experts import expert_agreement, load_backbone, num_experts
 from vflair_flower.experts.adapters import refuse_expert_tuning
 from vflair_flower.experts.balance import refuse_balance
 from vflair_flower.experts.body import BodyChannel, SpreadBody, joint_agreement
 from vflair_flower.experts.handoff import hands_off, refuse_hand_off
-from vflair_flower.experts.loading import backbone_parameters
+from vflair_flower.experts.loading import backbone_parameters, layers_and_placement
 from vflair_flower.experts.routing import check_enough_experts, opted_out_experts
 from vflair_flower.partition import refuse_trained_copies, resolve_model
 from vflair_flower.partition.structure import num_blocks
@@ -88,9 +88,8 @@ class CollaborativeMoE(WritingStrategy):
         source = resolve_model(spec.model, base_dir)
         config = load_admitted_config(source, spec.task)
         refuse_balance(spec, config)
-        layers, experts = len(expert_layer_names(config, spec.task)), num_experts(config)
-        names = [str(index) for index in range(parties)]
-        placement = place_experts(spec.experts, names, layers=layers, experts=experts)
+        names, placement = layers_and_placement(config, spec, [str(index) for index in range(parties)])
+        layers, experts = len(names), num_experts(config)
         check_enough_experts(config, opted_out_experts(placement))
         trained = backbone_parameters(config, spec)
         agreement = expert_agreement(spec, config, trained_parameters=trained)

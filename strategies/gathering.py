@@ -14,8 +14,8 @@ from transformers import PreTrainedConfig
 
 from vflair_flower.control import HAND_OVER, KEY, PartRequest
 from vflair_flower.errors import ConfigurationError, PartyLostError
-from vflair_flower.experts import Placement, expert_layer_names, num_experts, place_experts
 from vflair_flower.experts.export import Pieces, write_checkpoint
+from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.experts.parcels import from_records
 from vflair_flower.partition import ModelSource
 from vflair_flower.partition.export import refuse_to_overwrite
@@ -61,7 +61,7 @@ class Gathering:
         owners = self._owners(model_of)
         self._ask("experts", sorted(self.nodes), only_ask=True)
         self._ask("backbone", owners, only_ask=True)
-        placement = self._placement()
+        _, placement = layers_and_placement(self.config, self.spec, list(self.nodes))
 
         def experts(layer: int) -> Pieces:
             hosts = {host: placement.experts_of(host)[layer] for host in placement.hosts}
@@ -83,11 +83,6 @@ class Gathering:
         if model_of is not None:
             return [model_of]
         return sorted(self.nodes) if self.spec.averaging == "none" else sorted(self.nodes)[:1]
-
-    def _placement(self) -> Placement:
-        assert self.spec.experts is not None
-        layers, experts = len(expert_layer_names(self.config, self.spec.task)), num_experts(self.config)
-        return place_experts(self.spec.experts, list(self.nodes), layers=layers, experts=experts)
 
     def _average(self, owners: Sequence[str]) -> dict[str, Tensor]:
         """Return the mean of parties' own models, summed in the order of their names; counts are the first one's."""

@@ -15,7 +15,6 @@ from simulations.moe.settings import MoeSettings
 from simulations.moe.texts import load_texts
 from vflair_flower.partition import load_tokenizer, resolve_model
 from vflair_flower.settings import OptimizerSettings, TrainingSettings
-from vflair_flower.tasks import PromptRow
 
 _CURVE_SHARE = 4
 """Of the held-out rows, every so-manieth is measured after each round."""
@@ -127,7 +126,7 @@ def run_cell(cell: Cell, settings: MoeSettings, model: str) -> CellResult:
                 )
             )
             found.append(perplexity(list(by_row.values())))
-            own.append(perplexity([by_row[row.id] for row in _own(own_rows, party)]))
+            own.append(perplexity([by_row[row.id] for row in own_rows[party]]))
             if settings.data_dir is not None and settings.moe_choice_rows:
                 questions = load_questions(settings.data_dir, settings.moe_choice_rows)
                 choices.append(measure_choices(model_of, tokenizer, questions, settings.moe_max_tokens))
@@ -152,10 +151,6 @@ def run_cell(cell: Cell, settings: MoeSettings, model: str) -> CellResult:
         bytes_per_token_and_layer=per_token / layers,
         seconds=outcome.seconds,
     )
-
-
-def _own(rows: Sequence[tuple[PromptRow, ...]], party: int) -> tuple[PromptRow, ...]:
-    return rows[party]
 
 
 def _geometric(values: Sequence[float]) -> float:

@@ -27,7 +27,7 @@ from simulations.moe.methods import WRITE, load_whole, quiet_flower
 from simulations.moe.party import PeakSampler, made_up_batch, warm_up
 from vflair_flower.clients import ExpertParty, PartyRows, expert_session
 from vflair_flower.clients.store import PartyStore
-from vflair_flower.experts import expert_layer_names, num_experts, place_experts
+from vflair_flower.experts.finished import joined_experts
 from vflair_flower.experts.loading import backbone_parameters
 from vflair_flower.memory import ActivationMeter
 from vflair_flower.partition import load_config, resolve_model
@@ -394,21 +394,14 @@ def _own_dir(context: Context) -> Path:
 
 def _same_parameters(whole: nn.Module, spec: SplitSpec, folders: Sequence[Path]) -> bool:
     """Whether the first party's own model and all parties' experts are the whole model's parameters."""
-    config = load_config(resolve_model(spec.model), spec.task)
-    layers = expert_layer_names(config, spec.task)
-    names = [f"party-{i}" for i in range(len(folders))]
-    assert spec.experts is not None
-    placement = place_experts(spec.experts, names, layers=len(layers), experts=num_experts(config))
-    expected = dict(whole.named_parameters())
-    for index, (name, folder) in enumerate(zip(names, folders, strict=True)):
+    states = {}
+    for name, folder in ((f"party-{i}", folder) for i, folder in enumerate(folders)):
         state = PartyStore(folder / "models", job="job", party=name).load(1)
         if state is None:
             return False
-        own = state["own"].items() if index == 0 else ()
-        pairs: list[tuple[torch.Tensor, torch.Tensor]] = [(expected[n], tensor) for n, tensor in own]
-        for full, part in state["host"]["trained"].items():
-            layer = next(i for i, start in enumerate(layers) if full.startswith(f"{start}."))
-            pairs.append((expected[full][list(placement.experts_of(name)[layer])], part))
-        if not all(torch.equal(one, other) for one, other in pairs):
-            return False
-    return True
+        states[name] = state
+    config = load_config(resolve_model(spec.model), spec.task)
+    experts = joined_experts(config, spec, {name: state["host"]["trained"] for name, state in states.items()})
+    expected = dict(whole.named_parameters())
+    found = {**states["party-0"]["own"], **experts}
+    return all(torch.equal(expected[name], tensor) for name, tensor in found.items())

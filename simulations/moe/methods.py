@@ -18,7 +18,6 @@ J rows are in the joined batch, n parties: centralised training takes J rows a s
 """
 
 import copy
-import itertools
 import logging
 import math
 import time
@@ -32,21 +31,16 @@ import torch
 from flwr.app import Context
 from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from simulations.baseline import JoinedOrder
 from simulations.local_grid import LocalGrid
 from simulations.moe.choices import perplexity, row_likelihoods
 from vflair_flower.clients import ExpertParty, PartyRows
-from vflair_flower.experts import (
-    count_coactivation,
-    expert_layer_names,
-    num_experts,
-    place_by_coactivation,
-    place_experts,
-    route_locally,
-)
+from vflair_flower.experts import count_coactivation, place_by_coactivation, route_locally
+from vflair_flower.experts.finished import joined_experts
+from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.experts.modules import expert_modules
 from vflair_flower.memory import ActivationMeter, MemoryParts, optimizer_bytes, tensor_bytes
 from vflair_flower.partition import load_config, resolve_model
@@ -327,23 +321,17 @@ def _rounds(
 
 def _joined_models(spec: SplitSpec, job: Job, parties: int) -> Iterator[PreTrainedModel]:
     """Yield each party's own model with all hosts' experts in it: what it computes when it calls them."""
-    source = resolve_model(spec.model)
-    config = load_config(source, spec.task)
-    layers = expert_layer_names(config, spec.task)
-    names = [f"party-{i}" for i in range(parties)]
     assert spec.experts is not None
-    placement = place_experts(spec.experts, names, layers=len(layers), experts=num_experts(config))
-    states = [_newest(job.work_dir / name / "models" / "cell" / name) for name in names]
+    names = [f"party-{i}" for i in range(parties)]
+    config = load_config(resolve_model(spec.model), spec.task)
+    _, placement = layers_and_placement(config, spec, names)
+    states = {name: _newest(job.work_dir / name / "models" / "cell" / name) for name in names}
     model = load_whole(job.model)
     held = dict(model.named_parameters())
     with torch.no_grad():
-        for (index, layer), (name, state) in itertools.product(enumerate(layers), zip(names, states, strict=True)):
-            experts = list(placement.experts_of(name)[index])
-            trained: dict[str, Tensor] = state["host"]["trained"]
-            for full, part in trained.items():
-                if full.startswith(f"{layer}."):
-                    held[full][experts] = part
-    for name, state in zip(names, states, strict=True):
+        for name, experts in joined_experts(config, spec, {n: s["host"]["trained"] for n, s in states.items()}).items():
+            held[name].copy_(experts)
+    for name, state in states.items():
         own = copy.deepcopy(model)
         nn.Module.load_state_dict(own, state["own"], strict=False)
         with route_locally(own, spec.experts, placement, name):

@@ -19,16 +19,16 @@ from vflair_flower.experts import (
     ExpertHost,
     Placement,
     expert_agreement,
-    expert_layer_names,
     load_backbone,
     load_experts,
     num_experts,
-    place_experts,
     tune_experts,
 )
 from vflair_flower.experts.blocks import LentChannel
+from vflair_flower.experts.finished import joined_experts
 from vflair_flower.experts.handoff import HandOff, hands_off
 from vflair_flower.experts.leads import Lead
+from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.partition import ModelSource, make_trainable, resolve_model
 from vflair_flower.partition.sources import load_config
@@ -78,9 +78,7 @@ class House:
     source: ModelSource
 
     def placement(self, names: list[str]) -> Placement:
-        config = load_config(self.source, self.spec.task)
-        layers = expert_layer_names(config, self.spec.task)
-        return place_experts(self.spec.experts, names, layers=len(layers), experts=num_experts(config))
+        return layers_and_placement(load_config(self.source, self.spec.task), self.spec, names)[1]
 
     def whole(self) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(self.source.location, dtype=self.spec.weights.torch_dtype)
@@ -91,8 +89,8 @@ class House:
     @contextlib.contextmanager
     def open(self, count: int, *, training: bool = True, deadline_s: float = DEADLINE_S) -> Iterator[list[Company]]:
         names = [f"party-{i}" for i in range(count)]
-        config, placement = load_config(self.source, self.spec.task), self.placement(names)
-        layers = expert_layer_names(config, self.spec.task)
+        config = load_config(self.source, self.spec.task)
+        layers, placement = layers_and_placement(config, self.spec, names)
         agreement = expert_agreement(self.spec, config)
         with contextlib.ExitStack() as stack:
             hub = stack.enter_context(Hub(bind="inproc"))
@@ -156,20 +154,9 @@ def batch_of(seed: int, rows: int = 3, tokens: int = 9) -> dict[str, Tensor]:
 
 def merged(companies: list[Company], house: House, owner: int = 0) -> dict[str, Tensor]:
     """Return the parameters of the model that an owner and all hosts together hold, by name."""
-    held = {name: p.detach() for name, p in companies[owner].model.named_parameters()}
-    placement = house.placement([company.name for company in companies])
-    whole = {name: p for name, p in house.whole().named_parameters() if name not in held}
-    layers = expert_layer_names(load_config(house.source, house.spec.task), house.spec.task)
-    for name, like in whole.items():
-        layer = next(i for i, own in enumerate(layers) if name.startswith(own + "."))
-        full = torch.full_like(like, float("nan"))
-        for company in companies:
-            own = dict(company.host.module.named_parameters())
-            experts = list(placement.experts_of(company.name)[layer])
-            if experts:
-                full[experts] = own[name].detach()
-        held[name] = full
-    return held
+    config = load_config(house.source, house.spec.task)
+    own = {name: p.detach() for name, p in companies[owner].model.named_parameters()}
+    return own | joined_experts(config, house.spec, {c.name: c.host.trained_state() for c in companies})
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,10 @@ from transformers import AutoTokenizer, MixtralConfig, MixtralForSequenceClassif
 from simulations.local_grid import LocalGrid
 from tests.experts.moe_app import app
 from tests.tiny import LABELS, save_tiny, tiny_rows
+from vflair_flower.clients import data_party
 from vflair_flower.errors import ConfigurationError, PartyLostError
-from vflair_flower.experts import place_experts
-from vflair_flower.experts.loading import expert_layer_names
+from vflair_flower.experts.finished import joined_experts
+from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.partition import Segment, load_config, load_segment, resolve_model
 from vflair_flower.settings import ExpertSettings, LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
@@ -89,20 +90,22 @@ def kept(nodes: list[dict], job: str, server_round: int) -> list[dict]:
 
 def whole_of(states: list[dict], spec: SplitSpec, owner: int) -> dict[str, torch.Tensor]:
     """Put one party's own model and all hosts' experts together."""
-    config = load_config(resolve_model(spec.model), spec.task)
-    layers = expert_layer_names(config, spec.task)
-    names = [f"party-{i}" for i in range(PARTIES)]
-    placement = place_experts(spec.experts, names, layers=len(layers), experts=EXPERTS)
-    model = dict(states[owner]["own"])
-    for index, layer in enumerate(layers):
-        for leaf in ("gate_up_proj", "down_proj"):
-            name = f"{layer}.{leaf}"
-            parts = [state["host"]["trained"][name] for state in states]
-            full = torch.full((EXPERTS, *parts[0].shape[1:]), float("nan"))
-            for party, part in zip(names, parts, strict=True):
-                full[list(placement.experts_of(party)[index])] = part
-            model[name] = full
-    return model
+    trained = {f"party-{i}": state["host"]["trained"] for i, state in enumerate(states)}
+    return states[owner]["own"] | joined_experts(load_config(resolve_model(spec.model), spec.task), spec, trained)
+
+
+def break_in_round_2(monkeypatch, *, goes):
+    """Let a party fail before it trains in round 2; if it goes, its line is cut before it can say so."""
+    train_round = data_party.train_round
+
+    def failing(session, *args):
+        if session.party == "party-2" and session.server_round == 2:
+            if goes:
+                session._link.abandon()
+            raise RuntimeError("power cut" if goes else "the disk is full")
+        return train_round(session, *args)
+
+    monkeypatch.setattr(data_party, "train_round", failing)
 
 
 @pytest.mark.parametrize("experts", [ExpertSettings(), ExpertSettings(combine="host")], ids=["owner", "host"])
@@ -209,17 +212,7 @@ def test_all_parties_are_needed_in_every_round(nodes, spec):
 
 def test_a_host_that_is_skipped_does_not_end_the_round(nodes, spec, monkeypatch):
     """One party's process goes in the middle of round 2; the others end it without its experts, and it is named."""
-    from vflair_flower.clients import data_party
-
-    train_round = data_party.train_round
-
-    def leave(session, *args):
-        if session.party == "party-2" and session.server_round == 2:
-            session._link.abandon()
-            raise RuntimeError("power cut")
-        return train_round(session, *args)
-
-    monkeypatch.setattr(data_party, "train_round", leave)
+    break_in_round_2(monkeypatch, goes=True)
     spec = dataclasses.replace(spec, experts=ExpertSettings(on_host_lost="skip", k_min=0))
     aggregator = FedAvg(min_train_nodes=PARTIES, min_evaluate_nodes=PARTIES, min_available_nodes=PARTIES)
     hub = HubSettings(bind="inproc")
@@ -231,17 +224,7 @@ def test_a_host_that_is_skipped_does_not_end_the_round(nodes, spec, monkeypatch)
 
 def test_copies_stand_in_for_a_lost_party_and_it_does_not_come_back_with_old_ones(nodes, spec, monkeypatch):
     """A party goes in round 2; its experts are trained on at the others, equally, and in round 3 its own are old."""
-    from vflair_flower.clients import data_party
-
-    train_round = data_party.train_round
-
-    def leave(session, *args):
-        if session.party == "party-2" and session.server_round == 2:
-            session._link.abandon()
-            raise RuntimeError("power cut")
-        return train_round(session, *args)
-
-    monkeypatch.setattr(data_party, "train_round", leave)
+    break_in_round_2(monkeypatch, goes=True)
     spec = dataclasses.replace(
         spec,
         experts=ExpertSettings(on_host_lost="replica", replicas=2),
@@ -255,8 +238,7 @@ def test_copies_stand_in_for_a_lost_party_and_it_does_not_come_back_with_old_one
     assert "has not ended round" in strategy.history[2].lost["party-2"]
     assert [record.steps for record in strategy.history] == [4, 4, 4]
     names = [f"party-{i}" for i in range(PARTIES)]
-    placement = place_experts(spec.experts, names, layers=BLOCKS, experts=EXPERTS)
-    layers = expert_layer_names(load_config(resolve_model(spec.model), spec.task), spec.task)
+    layers, placement = layers_and_placement(load_config(resolve_model(spec.model), spec.task), spec, names)
     seen: dict[tuple[str, int], torch.Tensor] = {}
     compared = 0
     left = [node for i, node in enumerate(nodes) if i != 2]
@@ -292,15 +274,6 @@ def test_too_many_parties_and_models_without_experts_are_refused(spec, tiny_bert
 
 
 def test_a_party_that_fails_ends_the_job_and_is_named(nodes, spec, monkeypatch):
-    from vflair_flower.clients import data_party
-
-    train_round = data_party.train_round
-
-    def fail(session, *args):
-        if session.party == "party-2" and session.server_round == 2:
-            raise RuntimeError("the disk is full")
-        return train_round(session, *args)
-
-    monkeypatch.setattr(data_party, "train_round", fail)
+    break_in_round_2(monkeypatch, goes=False)
     with pytest.raises(PartyLostError, match="party-2"):
         run(nodes, spec)

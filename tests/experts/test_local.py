@@ -14,12 +14,13 @@ from tests.experts.test_export import IDS, job, nodes_at, own_weights, spec_of
 from tests.experts.writing_app import app
 from vflair_flower.clients.store import PartyStore
 from vflair_flower.errors import CheckpointError, ConfigurationError
-from vflair_flower.experts import expert_layer_names, load_local, num_experts, place_experts
+from vflair_flower.experts import load_local, num_experts
+from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.experts.routing import prefer_experts
 from vflair_flower.generation import write_texts
 from vflair_flower.partition import load_tokenizer, resolve_model
 from vflair_flower.partition.sources import load_config
-from vflair_flower.settings import DecodingSettings, ExpertSettings, GenerationSettings, LoraSettings
+from vflair_flower.settings import DecodingSettings, GenerationSettings, LoraSettings
 
 
 def masked(placement: Any, party: str) -> dict[int, list[int]]:
@@ -61,11 +62,7 @@ def test_what_a_job_trained_is_used(tmp_path: Path, tuning: LoraSettings | None)
         strategy.start(grid)
         strategy.export(grid, tmp_path / "out", model_of="party-1")
     source = resolve_model(model)
-    config = load_config(source, spec.task)
-    layers = len(expert_layer_names(config, spec.task))
-    placement = place_experts(
-        ExpertSettings(), [f"party-{i}" for i in range(4)], layers=layers, experts=num_experts(config)
-    )
+    _, placement = layers_and_placement(load_config(source, spec.task), spec, [f"party-{i}" for i in range(4)])
     saved = PartyStore(tmp_path / "p1" / "models", job="job", party="party-1").load(2)
     local = load_local(source, placement, "party-1", spec, trained=saved)
     whole = own_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))

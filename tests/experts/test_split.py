@@ -14,7 +14,7 @@ from flwr.serverapp.strategy import FedAvg
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from simulations.local_grid import LocalGrid, ProcessGrid
-from tests.experts.conftest import DEADLINE_S, Company, batch_of, save_writing_moe
+from tests.experts.conftest import DEADLINE_S, Company, batch_of, merged, save_writing_moe
 from tests.experts.moe_app import app as reading_app
 from tests.experts.test_export import nodes_at, spec_of
 from tests.experts.test_generation import BOUNDS, WAYS, whole_writes, written
@@ -29,11 +29,10 @@ from vflair_flower.experts import (
     expert_layer_names,
     load_backbone,
     load_experts,
-    num_experts,
-    place_experts,
 )
 from vflair_flower.experts.body import BodyChannel, BodyLink, SpreadBody, StepsOfBoth, joint_agreement
-from vflair_flower.experts.loading import own_segment
+from vflair_flower.experts.finished import joined_experts
+from vflair_flower.experts.loading import layers_and_placement, own_segment
 from vflair_flower.partition import PartitionPlan, resolve_model
 from vflair_flower.partition.sources import load_config
 from vflair_flower.partition.structure import num_blocks
@@ -52,8 +51,8 @@ def open_split(house: Any, count: int, *, deadline_s: float = DEADLINE_S) -> Ite
     """As `House.open`, with a body at the hub."""
     spec, source = house.spec, house.source
     names = [f"party-{i}" for i in range(count)]
-    config, placement = load_config(source, spec.task), house.placement(names)
-    layers = expert_layer_names(config, spec.task)
+    config = load_config(source, spec.task)
+    layers, placement = layers_and_placement(config, spec, names)
     agreement = joint_agreement(expert_agreement(spec, config), agreement_for(spec, config))
     middle, channel = spec.plan.model_party(num_blocks(config)), BodyChannel()
     loaded, _ = load_backbone(source, spec.task, seed=3, segment=middle, channel=channel)
@@ -90,18 +89,7 @@ def open_split(house: Any, count: int, *, deadline_s: float = DEADLINE_S) -> Ite
 
 def joined(companies: list[Company], body: SpreadBody, house: Any) -> dict[str, torch.Tensor]:
     """Return the whole model's parameters: of an owner, the body and all hosts."""
-    held = {n: p.detach() for part in (companies[0].model, body.module) for n, p in part.named_parameters()}
-    placement = house.placement([company.name for company in companies])
-    layers = expert_layer_names(load_config(house.source, house.spec.task), house.spec.task)
-    for name, like in house.whole().named_parameters():
-        if name in held:
-            continue
-        layer = next(i for i, own in enumerate(layers) if name.startswith(own + "."))
-        full = torch.full_like(like, float("nan"))
-        for company in companies:
-            full[list(placement.experts_of(company.name)[layer])] = company.host.trained_state()[name]
-        held[name] = full
-    return held
+    return merged(companies, house) | {name: p.detach() for name, p in body.module.named_parameters()}
 
 
 @pytest.mark.parametrize("mode", ["HBT", "HT"])
@@ -215,16 +203,8 @@ def whole_after(strategy: CollaborativeMoE, nodes: list[dict]) -> dict[str, torc
     folders = [Path(node["state-dir"]) / "models" / "job" / name for node, name in zip(nodes, names, strict=True)]
     states = [torch.load(folder / "round-00002.pt", weights_only=True) for folder in folders]
     config = load_config(resolve_model(strategy.spec.model), strategy.spec.task)
-    layers, count = expert_layer_names(config, strategy.spec.task), num_experts(config)
-    placement = place_experts(strategy.spec.experts, names, layers=len(layers), experts=count)
-    whole = {**states[1]["own"], **strategy._body.trained_state()}
-    for layer, name in enumerate(layers):
-        for leaf in (n for n in states[0]["host"]["trained"] if n.startswith(f"{name}.")):
-            parts = [state["host"]["trained"][leaf] for state in states]
-            whole[leaf] = torch.full((count, *parts[0].shape[1:]), float("nan"))
-            for party, part in zip(names, parts, strict=True):
-                whole[leaf][list(placement.experts_of(party)[layer])] = part
-    return whole
+    trained = {name: state["host"]["trained"] for name, state in zip(names, states, strict=True)}
+    return states[1]["own"] | strategy._body.trained_state() | joined_experts(config, strategy.spec, trained)
 
 
 def test_four_parties_are_centralised_training_on_the_joined_batch(reader: str, tmp_path: Path) -> None:

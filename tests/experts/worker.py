@@ -69,14 +69,8 @@ def first_gradients(host: Any) -> dict[str, Tensor]:
 def _serve(pipe: Connection) -> None:
     import torch
 
-    from vflair_flower.experts import (
-        ExpertHost,
-        expert_agreement,
-        expert_layer_names,
-        load_experts,
-        num_experts,
-        place_experts,
-    )
+    from vflair_flower.experts import ExpertHost, expert_agreement, load_experts
+    from vflair_flower.experts.loading import layers_and_placement
     from vflair_flower.partition import resolve_model
     from vflair_flower.partition.sources import load_config
     from vflair_flower.session import connect
@@ -91,8 +85,7 @@ def _serve(pipe: Connection) -> None:
         spec = SplitSpec.from_json(asked.spec)
         source = resolve_model(spec.model)
         config = load_config(source, spec.task)
-        layers = expert_layer_names(config, spec.task)
-        placement = place_experts(spec.experts, asked.parties, layers=len(layers), experts=num_experts(config))
+        layers, placement = layers_and_placement(config, spec, asked.parties)
         own = placement.experts_of(asked.party)
         module = load_experts(source, dict(zip(layers, own, strict=True)), spec.task)
         host = ExpertHost(module, layers, own, spec, deadline_s=asked.deadline_s)

@@ -1,16 +1,55 @@
 """Calls in another's name, to hosts: the body's and, in hand-off, a lead's, for the party whose pass they run."""
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
+
+from torch import Tensor
 
 from vflair_flower.errors import SessionError
 from vflair_flower.remote.protocol import BACKWARD, FORWARD
-from vflair_flower.session import Request
+from vflair_flower.session import Caller, HubSession, Reply, Request
 from vflair_flower.session.calls import HUB
+from vflair_flower.session.header import Meta
 from vflair_flower.settings import ExpertSettings
 
 OWNER = "owner"
 """Names, in a call's meta, the party for which the body or a lead asks."""
+_PATIENCE = 0.5
+"""Part of a deadline that the body or a lead waits for a host, so that its own caller is still there to hear of it."""
+
+
+class InName:
+    """The link of whoever calls hosts in an owner's name.
+
+    Parameters
+    ----------
+    link : Caller or HubSession
+        What the calls are made with.
+    owner : str
+        In whose name.
+    party : str
+        Who makes them.
+    deadline_s : float
+        Of the calls that they are made for, in seconds.
+    """
+
+    def __init__(self, link: Caller | HubSession, owner: str, *, party: str, deadline_s: float) -> None:
+        self.party = party
+        self._link, self._owner, self._timeout_s = link, owner, _PATIENCE * deadline_s
+
+    def call(
+        self,
+        target: str,
+        operation: str,
+        tensors: Mapping[str, Tensor],
+        meta: Meta | None = None,
+        *,
+        timeout_s: float | None = None,
+    ) -> Reply:
+        """Call a host in the owner's name."""
+        named: Meta = {**(meta or {}), OWNER: self._owner}
+        return self._link.call(target, operation, tensors, named, timeout_s=timeout_s or self._timeout_s)
 
 
 def on_behalf(request: Request, settings: ExpertSettings) -> Request:

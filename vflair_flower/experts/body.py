@@ -15,7 +15,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from vflair_flower.errors import PartyLostError, SessionClosedError
-from vflair_flower.experts.behalf import OWNER
+from vflair_flower.experts.behalf import InName
 from vflair_flower.experts.caller import ExpertCaller
 from vflair_flower.experts.dispatch import ExpertCalls, ExpertChannel
 from vflair_flower.experts.placement import place_experts
@@ -29,8 +29,6 @@ from vflair_flower.spec import SplitSpec
 
 _BODY = "body-"
 """Begins the names of the body's operations where hosts have theirs in the same session."""
-_PATIENCE = 0.5
-"""Part of a deadline that the body waits for a host, so that its own caller is still there to hear of it."""
 
 
 def joint_agreement(experts: Agreement, body: Agreement) -> Agreement:
@@ -118,16 +116,14 @@ class _OwnerGoneError(Exception):
     """Ends a pass that nobody waits for any more; no SessionError, so that no host counts as lost for it."""
 
 
-class _Behalf:
+class _Behalf(InName):
     """The hub's session, as a link of one data party for whom the body calls hosts.
 
     The body's calls have numbers below zero, and so never a number of the party's own.
     """
 
     def __init__(self, session: HubSession, owner: str) -> None:
-        self.party = MODEL_PARTY
-        self._session, self._owner = session, owner
-        self._timeout_s = _PATIENCE * session.deadline_s
+        super().__init__(session, owner, party=MODEL_PARTY, deadline_s=session.deadline_s)
 
     def call(
         self,
@@ -140,9 +136,8 @@ class _Behalf:
     ) -> Reply:
         """Call a host in the owner's name."""
         own = dict(meta or {})
-        named: Meta = {**own, OWNER: self._owner, "call": -int(own["call"])}
         try:
-            return self._session.call(target, operation, tensors, named, timeout_s=timeout_s or self._timeout_s)
+            return super().call(target, operation, tensors, {**own, "call": -int(own["call"])}, timeout_s=timeout_s)
         except PartyLostError as error:
             if error.party == self._owner != target:  # no fault of the host, which others' passes go on asking
                 raise _OwnerGoneError(str(error)) from error

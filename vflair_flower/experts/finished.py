@@ -6,11 +6,11 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vflair_flower.errors import CheckpointError
 from vflair_flower.experts.adapters import EXPERT_TARGETS, tune_experts
-from vflair_flower.experts.loading import load_backbone, load_experts, own_segment
+from vflair_flower.experts.loading import layers_and_placement, load_backbone, load_experts, own_segment
 from vflair_flower.experts.modules import expert_modules, num_experts
 from vflair_flower.partition import ModelSource, load_trained_state, make_trainable
 from vflair_flower.partition.sources import load_config
@@ -61,6 +61,38 @@ def finished_experts(
                     setattr(module, leaf, nn.Parameter(lora(getattr(module, leaf)), requires_grad=False))
                 delattr(module, f"{leaf}_lora")
     return shard
+
+
+def joined_experts(
+    config: PreTrainedConfig, spec: SplitSpec, trained: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Put all parties' trained experts in their places in the whole model's parameters.
+
+    Parameters
+    ----------
+    config : transformers.PreTrainedConfig
+        The model's, for the task.
+    spec : SplitSpec
+        The job.
+    trained : mapping of str to mapping
+        By party: ``"host"``, ``"trained"`` of what it keeps, or `ExpertHost.trained_state`.
+
+    Returns
+    -------
+    dict of str to torch.Tensor
+        By the names of the whole model's parameters, ``[E, ...]``; of copies the last party's, and NaN where no party
+        has the expert.
+    """
+    layers, placement = layers_and_placement(config, spec, list(trained))
+    whole: dict[str, Tensor] = {}
+    for party, own in trained.items():
+        experts_of = dict(zip(layers, placement.experts_of(party), strict=True))
+        for name, part in own.items():
+            experts = next(experts_of[layer] for layer in layers if name.startswith(f"{layer}."))
+            if name not in whole:
+                whole[name] = part.new_full((num_experts(config), *part.shape[1:]), float("nan"))
+            whole[name][list(experts)] = part
+    return whole
 
 
 def _put(shard: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ Invariant: a forward call that nobody will differentiate leaves nothing behind.
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -228,7 +229,8 @@ class ExpertHost:
         if keep:
             self._update.before_forward(request.source)
         remember = keep and not self._recompute
-        with torch.set_grad_enabled(remember), count_kept(self.module.parameters()) as inside_bytes:
+        counting = count_kept(self.module.parameters()) if remember else nullcontext(lambda: 0)
+        with torch.set_grad_enabled(remember), counting as inside_bytes:
             entered, output = self._run(call)
         if remember:
             call.entered, call.output, call.inside_bytes = entered, output, inside_bytes()

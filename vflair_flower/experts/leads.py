@@ -9,7 +9,7 @@ so that its own caller is still there to hear of it.
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vflair_flower.errors import SessionClosedError, SessionError
-from vflair_flower.experts.behalf import OWNER
+from vflair_flower.experts.behalf import OWNER, InName
 from vflair_flower.experts.block_calls import BLOCK, BLOCK_BACKWARD, LEAD_DTYPE, BlockCalls
 from vflair_flower.experts.blocks import SEQUENCE, TOKEN, BlockInput, BlockRunner, LentChannel
 from vflair_flower.experts.caller import ExpertCaller
@@ -30,32 +30,7 @@ from vflair_flower.partition import LoadedSegment
 from vflair_flower.remote.protocol import FINISH, STEP
 from vflair_flower.remote.refusals import not_open, not_training
 from vflair_flower.session import Caller, Reply, Request
-from vflair_flower.session.header import Meta
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
-
-_PATIENCE = 0.5
-"""Part of a deadline that a lead waits for a host."""
-
-
-class _InName:
-    """A lead's link, for calls in an owner's name."""
-
-    def __init__(self, link: Caller, owner: str, timeout_s: float) -> None:
-        self.party = link.party
-        self._link, self._owner, self._timeout_s = link, owner, timeout_s
-
-    def call(
-        self,
-        target: str,
-        operation: str,
-        tensors: Mapping[str, Tensor],
-        meta: Meta | None = None,
-        *,
-        timeout_s: float | None = None,
-    ) -> Reply:
-        """Call a host in the owner's name."""
-        named: Meta = {**(meta or {}), OWNER: self._owner}
-        return self._link.call(target, operation, tensors, named, timeout_s=timeout_s or self._timeout_s)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,7 +105,7 @@ class Lead:
         self._training = training
         for owner in owners:
             if owner != self._party:
-                called = _InName(link, owner, _PATIENCE * deadline_s)
+                called = InName(link, owner, party=link.party, deadline_s=deadline_s)
                 self._callers[owner] = ExpertCaller(called, self._in_name(owner), self._placement, self.spec)
         calls = BlockCalls(link, self.spec, len(self._placement.hosts))
         own = HandOff(self._runner, calls, self._placement, self._party, lambda: self._host.take_turn(self._party))
@@ -196,11 +171,8 @@ class Lead:
         if self._training:
             self._host.take_turn(owner)
         index, entered = int(request.meta["block"]), self._read(request, keep=keep)
-        with (
-            self._channel.lent(caller),
-            torch.set_grad_enabled(keep),
-            count_kept(self._runner.blocks.parameters()) as inside_bytes,
-        ):
+        counting = count_kept(self._runner.blocks.parameters()) if keep else nullcontext(lambda: 0)
+        with self._channel.lent(caller), torch.set_grad_enabled(keep), counting as inside_bytes:
             output_ND, lead = self._runner.run(index, entered)
         if keep:
             kept = _Kept(index=index, entered_STD=entered.hidden_STD, output_ND=output_ND, inside_bytes=inside_bytes())

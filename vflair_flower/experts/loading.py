@@ -11,7 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from vflair_flower.errors import ModelError
 from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
-from vflair_flower.experts.modules import expert_layers, expert_modules, keep_experts
+from vflair_flower.experts.modules import expert_layers, expert_modules, keep_experts, num_experts
+from vflair_flower.experts.placement import Placement, place_experts
 from vflair_flower.partition import LoadedSegment, ModelSource, Segment, load_segment, make_trainable
 from vflair_flower.partition.cut import cut
 from vflair_flower.partition.export import fetch_files, tensor_files
@@ -82,6 +83,15 @@ def expert_layer_names(config: PreTrainedConfig, task: TaskSettings) -> tuple[st
     """Return the names of a model's experts modules, first layer first; raise ModelError if it has none."""
     with torch.device("meta"):
         return expert_layers(task_class(config, task)(config))
+
+
+def layers_and_placement(
+    config: PreTrainedConfig, spec: SplitSpec, parties: Sequence[str]
+) -> tuple[tuple[str, ...], Placement]:
+    """Return the names of a model's experts modules, first layer first, and which of a job's parties hosts what."""
+    assert spec.experts is not None
+    layers = expert_layer_names(config, spec.task)
+    return layers, place_experts(spec.experts, parties, layers=len(layers), experts=num_experts(config))
 
 
 def load_experts(
