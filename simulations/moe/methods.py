@@ -329,7 +329,8 @@ def _joined_models(spec: SplitSpec, job: Job, parties: int) -> Iterator[PreTrain
     model = load_whole(job.model)
     held = dict(model.named_parameters())
     with torch.no_grad():
-        for name, experts in joined_experts(config, spec, {n: s["host"]["trained"] for n, s in states.items()}).items():
+        trained = {name: state["host"]["trained"] for name, state in states.items()}
+        for name, experts in joined_experts(config, spec, trained, base=held).items():
             held[name].copy_(experts)
     for name, state in states.items():
         own = copy.deepcopy(model)

@@ -244,7 +244,8 @@ def _text_rows(
         guessed, true = truth.text(torch.tensor(words, dtype=torch.int64)), truth.text(true_ids)
         rows.guessed.append(guessed)
         rows.true.append(true)
-        for kind in ("rouge1", "rouge2", "rougeL"):
+        pairs = len(true.split()) > 1  # a single word has none
+        for kind in ("rouge1", *(("rouge2",) if pairs else ()), "rougeL"):
             _add(rows, kind, rouge(kind, guessed, [true]) if true else 0.0)
         hits = [shows(guessed, secret.value) for secret in truth.secrets if secret.row_id == _row_id(truth, index)]
         if hits:

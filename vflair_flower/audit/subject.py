@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from vflair_flower.audit.views import ADVERSARIES
 from vflair_flower.errors import ConfigurationError, DataError
 from vflair_flower.partition import ModelSource, load_config, load_tokenizer, resolve_model
+from vflair_flower.partition.loading import without_reports
 from vflair_flower.partition.merging import SPEC_FILE, merge_model
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.spec import SplitSpec
@@ -116,7 +117,8 @@ class Subject:
             folder.parent.mkdir(parents=True, exist_ok=True)
             draft = Path(tempfile.mkdtemp(prefix=".model-", dir=folder.parent))
             try:
-                merge_model(self.folder / ADAPTER, draft, base_dir=self._base)
+                with without_reports():
+                    merge_model(self.folder / ADAPTER, draft, base_dir=self._base)
                 draft.chmod(0o755)
                 os.rename(draft, folder)
             except OSError:  # another process was quicker

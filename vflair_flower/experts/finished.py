@@ -64,7 +64,11 @@ def finished_experts(
 
 
 def joined_experts(
-    config: PreTrainedConfig, spec: SplitSpec, trained: Mapping[str, Mapping[str, Tensor]]
+    config: PreTrainedConfig,
+    spec: SplitSpec,
+    trained: Mapping[str, Mapping[str, Tensor]],
+    *,
+    base: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Put all parties' trained experts in their places in the whole model's parameters.
 
@@ -76,12 +80,14 @@ def joined_experts(
         The job.
     trained : mapping of str to mapping
         By party: ``"host"``, ``"trained"`` of what it keeps, or `ExpertHost.trained_state`.
+    base : mapping of str to torch.Tensor, optional
+        The whole model's parameters: what stands where no party has the expert.
 
     Returns
     -------
     dict of str to torch.Tensor
-        By the names of the whole model's parameters, ``[E, ...]``; of copies the last party's, and NaN where no party
-        has the expert.
+        By the names of the whole model's parameters, ``[E, ...]``; of copies the last party's.  Without a `base` NaN
+        where no party has the expert.
     """
     layers, placement = layers_and_placement(config, spec, list(trained))
     whole: dict[str, Tensor] = {}
@@ -90,7 +96,8 @@ def joined_experts(
         for name, part in own.items():
             experts = next(experts_of[layer] for layer in layers if name.startswith(f"{layer}."))
             if name not in whole:
-                whole[name] = part.new_full((num_experts(config), *part.shape[1:]), float("nan"))
+                blank = part.new_full((num_experts(config), *part.shape[1:]), float("nan"))
+                whole[name] = blank if base is None else base[name].detach().clone()
             whole[name][list(experts)] = part
     return whole
 
