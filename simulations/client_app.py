@@ -1,14 +1,17 @@
 """The Flower ClientApp: a node is a data party or the model party of the main job, or works on cells of PC-MoE's."""
 
+import os
 from pathlib import Path
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from simulations.audit.settings import AuditSettings
+from simulations.jobs import read_job
 from simulations.moe.job import CELL, answer_cell
 from simulations.rows import rows_of_party
 from simulations.settings import JobSettings
-from vflair_flower.clients import DataParty, ModelParty, PartyRows, role_of
+from vflair_flower.clients import Auditor, DataParty, ModelParty, PartyRows, role_of
 from vflair_flower.control import HELLO, MODEL_PARTY_ROLE, SERVE
 
 
@@ -36,6 +39,17 @@ def _body_threads(context: Context) -> int:
     return _settings(context).body_threads
 
 
+def _audit_threads(context: Context) -> int:
+    job = read_job(context.run_config)
+    at_once = job.audit_cells_at_once if isinstance(job, AuditSettings) else 1
+    return max(1, (os.cpu_count() or 1) // at_once)
+
+
+def _attack_files(context: Context) -> str:
+    job = read_job(context.run_config)
+    return ",".join(map(str, job.files)) if isinstance(job, AuditSettings) else ""
+
+
 data_party = DataParty(_rows, state_dir=_state_dir, base_dir=_base_dir, threads=_threads)
 model_party = ModelParty(state_dir=_state_dir, base_dir=_base_dir, threads=_body_threads)
 
@@ -50,6 +64,7 @@ def hello(message: Message, context: Context) -> Message:
 
 
 app.query(CELL)(answer_cell)
+Auditor(threads=_audit_threads, attack_files=_attack_files).register(app)
 app.train()(data_party.train)
 app.evaluate()(data_party.evaluate)
 app.train(SERVE)(model_party.serve)

@@ -3,13 +3,21 @@
 from collections.abc import Mapping
 from typing import Any
 
+from simulations.audit.settings import AuditSettings
 from simulations.moe.settings import MoeSettings
 from simulations.settings import JobSettings
 from vflair_flower.settings import one_of
 
+Settings = JobSettings | MoeSettings | AuditSettings
+_JOBS: dict[str, type[JobSettings] | type[MoeSettings] | type[AuditSettings]] = {
+    "split": JobSettings,
+    "moe": MoeSettings,
+    "audit": AuditSettings,
+}
 
-def read_job(config: Mapping[str, Any]) -> JobSettings | MoeSettings:
+
+def read_job(config: Mapping[str, Any]) -> Settings:
     """Return the settings of the job; raise ConfigurationError for an unknown job or a wrong setting."""
     job = str(config.get("job", ""))
-    one_of("job", job, ("split", "moe"))
-    return (MoeSettings if job == "moe" else JobSettings).from_run_config(config)
+    one_of("job", job, tuple(_JOBS))
+    return _JOBS[job].from_run_config(config)

@@ -25,9 +25,10 @@ import typer
 from flwr.cli.config_utils import load_and_validate
 from flwr.common.config import fuse_dicts, parse_config_args
 
-from simulations.jobs import read_job
+from simulations.audit.settings import AuditSettings, check_audit
+from simulations.jobs import Settings, read_job
 from simulations.moe.settings import MoeSettings, check_moe
-from simulations.settings import JobSettings, new_run_id
+from simulations.settings import new_run_id
 from vflair_flower.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def main(
         typer.secho("\nFlower's simulation failed before the first round; starting it once more.", err=True)
 
 
-def _run_once(config: str, settings: JobSettings | MoeSettings) -> tuple[str, int, Path]:
+def _run_once(config: str, settings: Settings) -> tuple[str, int, Path]:
     """Return how Flower says that the run ended, the exit code of `flwr run`, and the SuperLink's log."""
     with _superlink() as (environment, log_file):
         command = [_tool("flwr"), "run", str(ROOT), CONNECTION, "--stream"]
@@ -79,7 +80,7 @@ def _has_begun(run_dir: Path) -> bool:
     return (run_dir / "error.json").exists() or (run_dir / "checkpoints").exists()
 
 
-def read_settings(run_config: list[str]) -> JobSettings | MoeSettings:
+def read_settings(run_config: list[str]) -> Settings:
     """Read the settings as Flower will, so that what is wrong is said before anything starts."""
     loaded = load_and_validate(ROOT / "pyproject.toml", check_module=False)
     project: dict[str, Any] = loaded[0] if isinstance(loaded, tuple) else loaded
@@ -93,10 +94,13 @@ def read_settings(run_config: list[str]) -> JobSettings | MoeSettings:
     return read_job(fuse_dicts(defaults, overrides))
 
 
-def _check(settings: JobSettings | MoeSettings) -> None:
+def _check(settings: Settings) -> None:
     """Find what is wrong with the settings before a daemon is started for them."""
     if isinstance(settings, MoeSettings):
         check_moe(settings)
+        return
+    if isinstance(settings, AuditSettings):
+        check_audit(settings)
         return
     from simulations.rows import load_dataset, task_of
     from vflair_flower.certificate import admit
@@ -227,10 +231,12 @@ def _status(environment: dict[str, str]) -> str:
         return "unknown"
 
 
-def _federation(settings: JobSettings | MoeSettings) -> str:
+def _federation(settings: Settings) -> str:
     nodes = settings.num_nodes
+    gpus = settings.audit_gpus_per_cell if isinstance(settings, AuditSettings) else 0.0
     return (
-        f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus=0.0 init-args-num-cpus={nodes}"
+        f"num-supernodes={nodes} client-resources-num-cpus=1 client-resources-num-gpus={gpus} "
+        f"init-args-num-cpus={nodes}"
     )
 
 

@@ -119,6 +119,7 @@ def make_result(
             adapters=parties,
             control=control,
         ),
+        audit=(),
     )
 
 

@@ -1,12 +1,14 @@
-"""The Flower ServerApp of both jobs: the main one, split learning among companies, and the one for PC-MoE.
+"""The Flower ServerApp of all jobs: the main one, split learning among companies, the one for PC-MoE, and audits.
 
 Order of things in the main job: settings and data are checked, parties are met, rounds run, the final figure is taken
-on rows that no round has seen, the unsplit baseline is trained beside it, and everything is written to runs/<run-id>/.
+on rows that no round has seen, the unsplit baseline is trained beside it, the trained model is attacked, and everything
+is written to runs/<run-id>/.
 """
 
 import json
 import os
 import time
+from dataclasses import replace
 from logging import INFO
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from flwr.common.logger import log
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
+from simulations.audit.job import audit_at_the_end, run_audit
+from simulations.audit.settings import AuditSettings
 from simulations.baseline import train_unsplit
-from simulations.jobs import read_job
+from simulations.jobs import Settings, read_job
 from simulations.moe.job import run_moe
 from simulations.moe.settings import MoeSettings
 from simulations.results import make_result, point_latest, write_secrets
@@ -50,6 +54,8 @@ def main(grid: Grid, context: Context) -> None:
         _check_nodes(grid, settings)
         if isinstance(settings, MoeSettings):
             run_moe(grid, settings, run_id, run_dir)
+        elif isinstance(settings, AuditSettings):
+            run_audit(grid, settings, run_id, run_dir)
         else:
             _run(grid, settings, run_id, run_dir)
     except Exception as error:
@@ -109,6 +115,9 @@ def _run(grid: Grid, settings: JobSettings, run_id: str, run_dir: Path) -> None:
     )
     strategy.save_adapter(run_dir / "adapter")
     result.write(run_dir / "result.json")
+    audit = audit_at_the_end(grid, settings.audit, settings.audit_rows, run_dir, settings.num_nodes)
+    result = replace(result, audit=audit, duration_s=time.monotonic() - started)
+    result.write(run_dir / "result.json")
     report = build_report(run_dir)
     point_latest(run_dir)
     log(INFO, "")
@@ -116,10 +125,10 @@ def _run(grid: Grid, settings: JobSettings, run_id: str, run_dir: Path) -> None:
         log(INFO, line)
 
 
-def _check_nodes(grid: Grid, settings: JobSettings | MoeSettings) -> None:
+def _check_nodes(grid: Grid, settings: Settings) -> None:
     """Refuse a job whose parties could not all run at once: a session would wait for those that cannot start."""
     nodes = len(list(grid.get_node_ids()))
-    if isinstance(settings, MoeSettings):  # its nodes are workers, and its parties need no handler each
+    if not isinstance(settings, JobSettings):  # their nodes are workers, and parties need no handler each
         return
     if nodes != settings.num_nodes:
         raise ConfigurationError(

@@ -68,6 +68,8 @@ class JobSettings:
     averaging: str
     seed: int
     unsplit: bool
+    audit: str
+    audit_rows: int
     threads: int
     body_threads: int
     deadline_s: float

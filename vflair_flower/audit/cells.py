@@ -16,6 +16,7 @@ from vflair_flower.audit.subject import Subject
 from vflair_flower.audit.views import adversary_of
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import Mode, PartitionPlan
+from vflair_flower.report import AuditRow, Interval, Sentence
 from vflair_flower.settings import one_of
 
 EPOCHS = ("start", "end")
@@ -114,6 +115,28 @@ class CellResult:
                 "examples": tuple((true, found) for true, found in values["examples"]),
                 "found_secrets": tuple(values["found_secrets"]),
             }
+        )
+
+    def to_report(self) -> AuditRow | None:
+        """Return what a run's report says of this cell; None where nothing could be scored."""
+        metric = main_metric(self.cell.which.goal, list(self.figures))
+        if metric not in self.figures:
+            return None
+        figure = self.figures[metric]
+        return AuditRow(
+            attack=self.cell.attack,
+            adversary=self.cell.adversary,
+            cut=self.cell.cut,
+            knowledge=self.cell.knowledge,
+            metric=metric,
+            value=figure.value,
+            interval=Interval(low=figure.low, high=figure.high, confidence=0.95, method="bootstrap over rows"),
+            chance=figure.chance,
+            n=self.n,
+            seconds=self.seconds,
+            planted_secrets=self.planted_secrets,
+            found_secrets=len(self.found_secrets),
+            sentences=tuple(Sentence(true=true, found=found) for true, found in self.examples),
         )
 
     def to_row(self) -> dict[str, object]:

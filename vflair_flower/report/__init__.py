@@ -8,6 +8,7 @@ from vflair_flower.report.html import build_report
 from vflair_flower.report.observers import observer_table
 from vflair_flower.report.result import (
     SCHEMA_VERSION,
+    AuditRow,
     ControlTraffic,
     DataSummary,
     Interval,
@@ -19,6 +20,7 @@ from vflair_flower.report.result import (
     Result,
     RoundSummary,
     Seen,
+    Sentence,
     TrafficEntry,
     TrafficSummary,
 )
@@ -26,6 +28,7 @@ from vflair_flower.report.terminal import summary_lines
 
 __all__ = [
     "SCHEMA_VERSION",
+    "AuditRow",
     "ControlTraffic",
     "DataSummary",
     "Interval",
@@ -37,6 +40,7 @@ __all__ = [
     "Result",
     "RoundSummary",
     "Seen",
+    "Sentence",
     "TrafficEntry",
     "TrafficSummary",
     "build_report",

@@ -13,6 +13,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from vflair_flower.report import figures, numbers
+from vflair_flower.report.audits import shown_audit
 from vflair_flower.report.files import write_atomically
 from vflair_flower.report.observers import NO_ONE, grave_rows, is_second_leg, on_one_machine, tensor_name, turn
 from vflair_flower.report.page import PAGE, STYLE
@@ -85,6 +86,7 @@ def render(result: Result) -> str:
         flows=_flows(result),
         one_machine=on_one_machine(result.observers),
         graves=grave_rows(result.observers),
+        audits=[shown_audit(row) for row in result.audit],
         observer_groups=_by_observer(row for row in result.observers if row.observer != NO_ONE),
         hidden_from_all=[row for row in result.observers if row.observer == NO_ONE],
         colors={"split": figures.BLUE, "unsplit": figures.AMBER, "majority": figures.GREY},

@@ -69,6 +69,7 @@ td.open { color:var(--warn); } td.covered { color:var(--good); }
 .bar { display:flex; height:12px; border-radius:3px; overflow:hidden; background:var(--wash); min-width:110px; margin:5px 0 3px; }
 .bar i { display:block; background:var(--c); flex:none; }
 .bar.thin { height:8px; margin:7px 0; }
+table.read td { width:50%; } table.read .right { background:#f6d5d0; border-radius:3px; padding:0 2px; } table.read .wrong { color:var(--soft); }
 
 .warning, .calm { border-left:4px solid; border-radius:4px; padding:14px 20px 8px; margin:16px 0 20px; }
 .warning { background:var(--warn-wash); border-color:#d98a1f; } .calm { background:#eef7f2; border-color:var(--good); }
@@ -303,6 +304,33 @@ Beside that, {{ result.traffic.control.messages|counted("Flower message") }} wit
 </table>
 {% endif %}
 </section>
+
+{% if audits %}
+<section>
+<h2>What attacks made of it</h2>
+{% for audit in audits %}
+<h3>{{ audit.title }}</h3>
+<div class="scores" role="group" aria-label="{{ audit.title }}">
+  {% for name, value, span, color in [("Guessed right", audit.row.value, audit.row.interval, "#b5453a"), ("By chance", audit.row.chance, none, "#c3c9d2")] %}
+  <div class="score">
+    <div class="name">{{ name }}</div>
+    <div class="track" style="--c:{{ color }}"><div class="fill" style="width:{{ "%.2f"|format(100 * value) }}%"></div>
+      {%- if span %}<div class="whisker" style="left:{{ "%.2f"|format(100 * span.low) }}%;width:{{ "%.2f"|format(100 * (span.high - span.low)) }}%"></div>{% endif %}</div>
+    <div class="value"><b>{{ value|percent }}</b>{% if span %}<span>{{ span|interval }}</span>{% endif %}</div>
+  </div>
+  {% endfor %}
+</div>
+<p>{{ audit.verdict }}</p>
+{% if audit.sentences %}
+<table class="read">
+<thead><tr><th>The text, which never left its owner</th><th>What the adversary made of what it saw</th></tr></thead>
+<tbody>{% for sentence in audit.sentences %}<tr><td>{{ sentence.true }}</td><td>{% for word, right in sentence.words %}<span class="{{ "right" if right else "wrong" }}">{{ word }}</span>{{ " " }}{% else %}<span class="wrong">nothing</span>{% endfor %}</td></tr>{% endfor %}</tbody>
+</table>
+{% endif %}
+<p class="note">{{ audit.note }}</p>
+{% endfor %}
+</section>
+{% endif %}
 
 <section>
 <h2>How it was done</h2>

@@ -18,7 +18,7 @@ from vflair_flower.errors import ConfigurationError
 from vflair_flower.report.files import write_atomically
 from vflair_flower.report.plain import from_plain, to_plain
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 Setting = str | int | float | bool | None
 
@@ -280,6 +280,43 @@ class ObserverRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Sentence:
+    """One of the victim's texts, and what the adversary made of what it saw."""
+
+    true: str
+    found: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditRow:
+    """One attack on this run: how much it got, beside what guessing gets."""
+
+    attack: str
+    adversary: str
+    cut: str
+    knowledge: str
+    metric: str
+    value: float
+    interval: Interval
+    chance: float
+    n: int
+    seconds: float
+    planted_secrets: int
+    found_secrets: int
+    sentences: tuple[Sentence, ...]
+
+    def __post_init__(self) -> None:
+        _fractions("audit", value=self.value, chance=self.chance)
+        _at_least_one("audit", n=self.n)
+        _not_negative("audit", seconds=self.seconds, planted_secrets=self.planted_secrets)
+        if not 0 <= self.found_secrets <= self.planted_secrets:
+            raise ConfigurationError(
+                f"audit.found_secrets is {self.found_secrets}, outside 0..{self.planted_secrets}. Count planted "
+                "secrets that were found, each once."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """All that a finished run found; the content of `runs/<run_id>/result.json`."""
 
@@ -298,6 +335,7 @@ class Result:
     traffic: TrafficSummary
     parties: tuple[PartySummary, ...]
     observers: tuple[ObserverRow, ...]
+    audit: tuple[AuditRow, ...]
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:

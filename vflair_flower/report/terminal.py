@@ -3,6 +3,7 @@
 from itertools import groupby
 from pathlib import Path
 
+from vflair_flower.report.audits import audit_verdict
 from vflair_flower.report.numbers import NBSP, count, counted, duration, interval, large, percent, share, size
 from vflair_flower.report.observers import grave_rows
 from vflair_flower.report.result import PartySummary, Result
@@ -37,6 +38,8 @@ def summary_lines(result: Result, *, report: Path | None = None) -> list[str]:
         ("Traffic", _traffic_lines(result)),
         ("Held", _held_lines(result)),
     ]
+    if result.audit:
+        blocks.append(("Attacks", [audit_verdict(row) for row in result.audit]))
     unprotected = len(grave_rows(result.observers))
     if unprotected:
         things = "thing that was seen is" if unprotected == 1 else "things that were seen are"
