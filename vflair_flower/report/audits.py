@@ -47,7 +47,8 @@ def shown_audit(row: AuditRow) -> ShownAudit:
         verdict=audit_verdict(row),
         note=(
             f"Counted is the share {metric_in_words(row.metric)}. The adversary knew "
-            f"{_KNOWN.get(row.knowledge, row.knowledge)} and other texts of the same kind. {counted(row.n, 'text')}, cut {row.cut}, took {duration(row.seconds)}. "
+            f"{_KNOWN.get(row.knowledge, row.knowledge)} and other texts of the same kind. {counted(row.n, 'text')}, "
+            f"cut {row.cut}, took {duration(row.seconds)}. "
             "Chance is what other texts of the same kind get in the place of the guess."
         ),
         sentences=tuple(shown_sentence(one) for one in row.sentences),
