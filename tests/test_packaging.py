@@ -13,9 +13,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def test_every_package_is_listed():
-    found = {"vflair_flower"} | {
-        f"vflair_flower.{path.parent.name}" for path in (ROOT / "vflair_flower").glob("*/__init__.py")
-    }
+    linked = {"vflair_flower.strategies", "vflair_flower.clients"}
+    folders = (path.parent for path in (ROOT / "vflair_flower").rglob("__init__.py"))
+    found = linked | {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert set(PROJECT["tool"]["setuptools"]["packages"]) == found
     assert found >= {"vflair_flower.strategies", "vflair_flower.clients"}
 

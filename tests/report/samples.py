@@ -1,6 +1,7 @@
 """Results that never ran: a realistic one, the smallest that is allowed, and one that is too much."""
 
 from vflair_flower.report import (
+    AuditRow,
     ControlTraffic,
     DataSummary,
     Interval,
@@ -10,6 +11,7 @@ from vflair_flower.report import (
     PeakMemory,
     Result,
     RoundSummary,
+    Sentence,
     TrafficEntry,
     TrafficSummary,
     observer_table,
@@ -52,6 +54,30 @@ def entries(flows=HBT_FLOWS, parties=("alpha",)):
         )
         for party in parties
         for direction, operation, tensor, dtype, shape, messages, size in flows
+    )
+
+
+def audit_rows(name="vmi"):
+    """One attack that read much, with secrets and two sentences."""
+    return (
+        AuditRow(
+            attack=name,
+            adversary="model-party",
+            cut="HBT 1|4|1",
+            knowledge="public",
+            metric="position_accuracy",
+            value=0.93,
+            interval=_interval(0.9, 0.95, "bootstrap over rows"),
+            chance=0.02,
+            n=24,
+            seconds=12.5,
+            planted_secrets=9,
+            found_secrets=7,
+            sentences=(
+                Sentence(true="my card <b>4711</b> is gone", found="my card <b>4711</b> is late"),
+                Sentence(true="call me", found=""),
+            ),
+        ),
     )
 
 
@@ -205,6 +231,7 @@ def full_result(**changes):
             adapters=names,
             control=control,
         ),
+        "audit": audit_rows(),
     }
     return Result(**{**fields, **changes})
 
@@ -246,6 +273,7 @@ def minimal_result(**changes):
         "traffic": TrafficSummary(total_bytes=0, messages=0, entries=(), control=ControlTraffic(bytes=0, messages=0)),
         "parties": (_party("solo", rows=1, owns="embedding", held=1, trained=0, memory=(0, 0, 0, 0)),),
         "observers": (),
+        "audit": (),
     }
     return full_result(**{**fields, **changes})
 

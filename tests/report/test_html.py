@@ -8,7 +8,8 @@ import pytest
 
 from tests.report.samples import entries, extreme_result, full_result, minimal_result
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.report import build_report, observer_table
+from vflair_flower.report import Sentence, build_report, observer_table
+from vflair_flower.report.audits import shown_sentence
 from vflair_flower.report.html import render
 
 HOSTILE = "<script>alert(1)</script>\"'&{{ 7*7 }}$x_{1}$ --> </style>"
@@ -173,3 +174,19 @@ def test_a_folder_without_result_is_refused(tmp_path):
     with pytest.raises(ConfigurationError, match=r"result\.json"):
         build_report(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_says_what_attacks_made_of_it():
+    text = Page(render(full_result())).text
+    assert "What attacks made of it" in text
+    assert "93.0 %" in text
+    assert "by chance 2.0 %" in text
+    assert "7 of 9 planted secrets came out word for word" in text
+    assert "my card <b>4711</b> is gone" in text, "a text is text, whatever stands in it"
+    assert "nothing" in text
+    assert "What attacks made of it" not in Page(render(minimal_result())).text
+
+
+def test_marks_words_that_stand_in_the_text_at_their_turn():
+    found = shown_sentence(Sentence(true="a b c d", found="a x c d"))
+    assert found.words == (("a", True), ("x", False), ("c", True), ("d", True))

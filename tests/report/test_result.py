@@ -49,7 +49,7 @@ def test_a_missing_field_is_refused_by_its_name(path):
         result.Result.from_json(plain)
 
 
-@pytest.mark.parametrize("version", [0, 1, 3, "2", 1.5, True, None])
+@pytest.mark.parametrize("version", [0, 1, 4, "2", 1.5, True, None])
 def test_an_unknown_version_is_refused(version):
     with pytest.raises(ConfigurationError, match="schema_version"):
         result.Result.from_json({**full_result().to_json(), "schema_version": version})
@@ -108,7 +108,7 @@ def test_a_value_of_another_type_is_refused_by_its_name(path, value):
         lambda r: {"run_id": ""},
         lambda r: {"duration_s": -1.0},
         lambda r: {"duration_s": float("nan")},
-        lambda r: {"schema_version": 3},
+        lambda r: {"schema_version": 4},
     ],
 )
 def test_what_does_not_add_up_cannot_be_built(change):

@@ -73,7 +73,7 @@ def metric_in_words(metric: str) -> str:
 
 
 def shown_sentence(sentence: Sentence) -> ShownSentence:
-    """Mark the words that stand in the text in this order (longest common subsequence)."""
+    """Mark the words that stand in the text too, in the same order (difflib's matching blocks)."""
     true, found = sentence.true.split(), sentence.found.split()
     blocks: Iterable[tuple[int, int, int]] = SequenceMatcher(a=true, b=found, autojunk=False).get_matching_blocks()
     right = {place for _, start, size in blocks for place in range(start, start + size)}
