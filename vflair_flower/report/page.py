@@ -261,6 +261,33 @@ Beside that, {{ result.traffic.control.messages|counted("Flower message") }} wit
 </section>
 {% endif %}
 
+{% if audits %}
+<section>
+<h2>What attacks made of it</h2>
+{% for audit in audits %}
+<h3>{{ audit.title }}</h3>
+<div class="scores" role="group" aria-label="{{ audit.title }}">
+  {% for name, value, span, color in [("Guessed right", audit.row.value, audit.row.interval, "#b5453a"), ("By chance", audit.row.chance, none, "#c3c9d2")] %}
+  <div class="score">
+    <div class="name">{{ name }}</div>
+    <div class="track" style="--c:{{ color }}"><div class="fill" style="width:{{ "%.2f"|format(100 * value) }}%"></div>
+      {%- if span %}<div class="whisker" style="left:{{ "%.2f"|format(100 * span.low) }}%;width:{{ "%.2f"|format(100 * (span.high - span.low)) }}%"></div>{% endif %}</div>
+    <div class="value"><b>{{ value|percent }}</b>{% if span %}<span>{{ span|interval }}</span>{% endif %}</div>
+  </div>
+  {% endfor %}
+</div>
+<p>{{ audit.verdict }}</p>
+{% if audit.sentences %}
+<table class="read">
+<thead><tr><th>The text, which never left its owner</th><th>What the adversary made of what it saw</th></tr></thead>
+<tbody>{% for sentence in audit.sentences %}<tr><td>{{ sentence.true }}</td><td>{% for word, right in sentence.words %}<span class="{{ "right" if right else "wrong" }}">{{ word }}</span>{{ " " }}{% else %}<span class="wrong">nothing</span>{% endfor %}</td></tr>{% endfor %}</tbody>
+</table>
+{% endif %}
+<p class="note">{{ audit.note }}</p>
+{% endfor %}
+</section>
+{% endif %}
+
 <section>
 <h2>Who saw what</h2>
 {% if graves %}
@@ -304,33 +331,6 @@ Beside that, {{ result.traffic.control.messages|counted("Flower message") }} wit
 </table>
 {% endif %}
 </section>
-
-{% if audits %}
-<section>
-<h2>What attacks made of it</h2>
-{% for audit in audits %}
-<h3>{{ audit.title }}</h3>
-<div class="scores" role="group" aria-label="{{ audit.title }}">
-  {% for name, value, span, color in [("Guessed right", audit.row.value, audit.row.interval, "#b5453a"), ("By chance", audit.row.chance, none, "#c3c9d2")] %}
-  <div class="score">
-    <div class="name">{{ name }}</div>
-    <div class="track" style="--c:{{ color }}"><div class="fill" style="width:{{ "%.2f"|format(100 * value) }}%"></div>
-      {%- if span %}<div class="whisker" style="left:{{ "%.2f"|format(100 * span.low) }}%;width:{{ "%.2f"|format(100 * (span.high - span.low)) }}%"></div>{% endif %}</div>
-    <div class="value"><b>{{ value|percent }}</b>{% if span %}<span>{{ span|interval }}</span>{% endif %}</div>
-  </div>
-  {% endfor %}
-</div>
-<p>{{ audit.verdict }}</p>
-{% if audit.sentences %}
-<table class="read">
-<thead><tr><th>The text, which never left its owner</th><th>What the adversary made of what it saw</th></tr></thead>
-<tbody>{% for sentence in audit.sentences %}<tr><td>{{ sentence.true }}</td><td>{% for word, right in sentence.words %}<span class="{{ "right" if right else "wrong" }}">{{ word }}</span>{{ " " }}{% else %}<span class="wrong">nothing</span>{% endfor %}</td></tr>{% endfor %}</tbody>
-</table>
-{% endif %}
-<p class="note">{{ audit.note }}</p>
-{% endfor %}
-</section>
-{% endif %}
 
 <section>
 <h2>How it was done</h2>
