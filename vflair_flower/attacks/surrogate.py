@@ -9,7 +9,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +24,11 @@ from vflair_flower.partition import (
     PartitionPlan,
     Segment,
     SegmentRunner,
+    SplitCache,
     load_config,
     load_segment,
 )
+from vflair_flower.partition.caching import cache_argument
 from vflair_flower.partition.holes import PassThrough
 from vflair_flower.partition.loading import task_class
 from vflair_flower.partition.structure import family_of, find_stacks, hidden_size, num_blocks
@@ -91,10 +95,19 @@ class Surrogate:
         return self._run_head({"inputs_embeds": embeds_BTD}, attention_mask_BT, position_ids_BT)
 
     def head_of_ids(
-        self, ids_BT: Tensor, attention_mask_BT: Tensor | None = None, position_ids_BT: Tensor | None = None
+        self,
+        ids_BT: Tensor,
+        attention_mask_BT: Tensor | None = None,
+        position_ids_BT: Tensor | None = None,
+        *,
+        cache: SplitCache | None = None,
     ) -> Tensor:
-        """Return what the head makes of tokens, [B, T, D]."""
-        return self._run_head({"input_ids": ids_BT}, attention_mask_BT, position_ids_BT)
+        """Return what the head makes of tokens, [B, T, D]; with a cache (`head_cache`), which grows, of new ones."""
+        return self._run_head({"input_ids": ids_BT}, attention_mask_BT, position_ids_BT, cache)
+
+    def head_cache(self) -> SplitCache:
+        """Return an empty cache for the head of a model that writes; rows in it have no padding."""
+        return SplitCache(self.config, self._head.segment.blocks)
 
     def body(
         self, hidden_BTD: Tensor, attention_mask_BT: Tensor | None = None, position_ids_BT: Tensor | None = None
@@ -163,16 +176,27 @@ class Surrogate:
         return loaded
 
     def _run_head(
-        self, inputs: dict[str, Tensor], attention_mask_BT: Tensor | None, position_ids_BT: Tensor | None
+        self,
+        inputs: dict[str, Tensor],
+        attention_mask_BT: Tensor | None,
+        position_ids_BT: Tensor | None,
+        cache: SplitCache | None = None,
     ) -> Tensor:
         if attention_mask_BT is not None:
             inputs["attention_mask"] = attention_mask_BT
         if position_ids_BT is not None:
             inputs["position_ids"] = position_ids_BT
+        more: dict[str, Any] = {"use_cache": False} if self._writes else {}
+        if cache is not None:
+            more = {"use_cache": True, cache_argument(signature(self._head.model.forward).parameters): cache}
         try:
             with self._head.channel.joined(_stop_at_cut):
-                self._head.model(**inputs, use_cache=False) if self._writes else self._head.model(**inputs)
+                self._head.model(**inputs, **more)
         except _ReachedCut as reached:
+            if cache is not None:  # the model's own end, which counts tokens, was not come to
+                rows, new = reached.hidden_BTD.shape[:2]
+                cache.mask_BT = torch.ones(rows, cache.tokens + new, dtype=torch.int64)
+                cache.leave()
             return reached.hidden_BTD
         raise AssertionError("a forward pass did not come by the cut")
 
