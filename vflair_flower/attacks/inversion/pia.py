@@ -22,6 +22,8 @@ from vflair_flower.attacks.view import SplitView
 from vflair_flower.partition import Mode
 
 _LOOK_EVERY = 10
+_PATIENCE = 4
+"""Positions of a row that a sweep tries in vain before it leaves the row; the wrong one is mostly the first."""
 
 
 @attack(
@@ -38,10 +40,10 @@ def pia(
     *,
     seed: int = 0,
     steps: int = 200,
-    rate: float = 0.02,
+    rate: float = 0.05,
     pull: float = 0.1,
     loss: str = "mse",
-    candidates: int = 16,
+    candidates: int = 32,
     proposals: int = 16,
     sweeps: int = 2,
     batch_rows: int = 32,
@@ -133,7 +135,7 @@ def _left_to_right(knows: Knowledge, rows: Rows, near_BTK: Tensor, proposals: in
 
 
 def _next_logits(knows: Knowledge, ids_RT: Tensor, positions_RT: Tensor) -> Tensor:
-    """Return the language model's logits behind some tokens, [R, V]; the body is the adversary's own where it has it."""
+    """Return the language model's logits behind some tokens, [R, V]; of bodies, the adversary's own is preferred."""
     surrogate, own = knows.surrogate, knows.own or knows.surrogate
     mask_RT = torch.ones_like(ids_RT)
     hidden_RTD = surrogate.head_of_ids(ids_RT, None, positions_RT)
@@ -148,8 +150,10 @@ def _sweep(surrogate: Surrogate, rows: Rows, near_BTK: Tensor, *, sweeps: int, t
     apart_BT = _apart(surrogate, rows, ids_BT)
     for _ in range(sweeps):
         untried_BT = rows.mask_BT.bool()
+        vain_B = torch.zeros_like(ids_BT[:, 0])
         for _ in range(ids_BT.shape[1]):
-            rows_R = ((apart_BT.sum(-1) >= tolerance) & untried_BT.any(-1)).nonzero()[:, 0]
+            wanting_B = (apart_BT.sum(-1) >= tolerance) & (vain_B < _PATIENCE) & untried_BT.any(-1)
+            rows_R = wanting_B.nonzero()[:, 0]
             if not len(rows_R):
                 break
             worst_R = apart_BT[rows_R].masked_fill(~untried_BT[rows_R], -1.0).argmax(-1)
@@ -163,6 +167,7 @@ def _sweep(surrogate: Surrogate, rows: Rows, near_BTK: Tensor, *, sweeps: int, t
             best_R = apart_RKT.sum(-1).argmin(dim=1)
             every_R = torch.arange(len(rows_R), device=rows_R.device)
             better_R = apart_RKT[every_R, best_R].sum(-1) < apart_BT[rows_R].sum(-1)
+            vain_B[rows_R] = torch.where(better_R, 0, vain_B[rows_R] + 1)
             ids_BT[rows_R[better_R]] = variants_RKT[every_R, best_R][better_R]
             apart_BT[rows_R[better_R]] = apart_RKT[every_R, best_R][better_R]
     return ids_BT

@@ -106,7 +106,7 @@ def _written(exchange: Exchange, surrogate: Surrogate) -> list[Tensor]:
     width = exchange.hidden_BTD.shape[1]
     mask_BT = exchange.attention_mask_BT.bool()
     ids_BT = torch.full(mask_BT.shape, NOTHING, dtype=torch.int64)
-    if exchange.prompt_tokens is not None and exchange.answer is not None and exchange.answer.dim() == 3:  # noqa: PLR2004
+    if exchange.prompt_tokens is not None and exchange.answer is not None and exchange.answer.dim() == 3:
         after_BA = _likeliest(exchange, exchange.answer, surrogate)
         # The answer at one position is the token at the next; in Head-Tail the prompt may be answered at its end alone.
         first = max(exchange.prompt_tokens, width - after_BA.shape[1] + 1)

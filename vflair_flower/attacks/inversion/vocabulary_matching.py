@@ -94,7 +94,7 @@ def acceptance(surrogate: Surrogate, proposer: Proposer, texts: Sequence[Encoded
     least: list[float] = []
     for text in texts:
         ids_BT = torch.tensor([text.input_ids], device=surrogate.device)
-        if ids_BT.shape[1] < 2:  # noqa: PLR2004 - a begin token alone
+        if ids_BT.shape[1] == 1:  # begins, and holds nothing
             continue
         prefixes = Prefixes(surrogate, torch.arange(ids_BT.shape[1], device=surrogate.device)[None])
         prefixes.append(ids_BT[:, :-1])
