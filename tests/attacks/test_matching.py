@@ -177,7 +177,7 @@ class TestPidi:
         for other in ({"lost": shuffled_both}, {"source": random_stories}):
             found = sides(stories, SHALLOW, count=6, settings={"steps": 15, "joint_steps": 5}, **other)
             assert found["prompt"] < 0.07, other
-            assert found["response"] < 0.15, other  # what this model writes repeats itself
+            assert found["response"] < 0.1, other
 
     def test_knows_the_tokens_that_were_written_by_their_places_alone(self, stories):
         for plan in (SHALLOW, HEAD_TAIL):

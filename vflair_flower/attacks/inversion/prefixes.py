@@ -82,7 +82,7 @@ class Prefixes:
         else:
             at = self._positions_BT[chosen, self.length : self.length + 1]
             hidden = self._surrogate.head_of_ids(ids, None, at, cache=_of_rows(self._cache, chosen))
-        return hidden[:, -1].unflatten(0, (-1, count))
+        return hidden[:, -1].reshape(len(rows_R), count, -1)
 
 
 def _of_rows(cache: SplitCache, rows: Tensor) -> SplitCache:

@@ -35,7 +35,10 @@ _FIRST, _GROWTH = 16, 4
     sees=SplitView,
     paper="Thomas et al., Hidden No More, arXiv 2505.18332, of plain states, and SipIt, arXiv 2510.15511; distances "
     "are L2 relative to the seen state, and a ridge regression orders candidates, not a language model or gradients",
-    kinds=tuple(kind for kind in TaskKind if kind is not TaskKind.MASKED_LM and kind is not TaskKind.SEQ2SEQ_LM),
+    kinds=(
+        *(TaskKind.CAUSAL_LM, TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.SEQUENCE_REGRESSION),
+        TaskKind.QUESTION_ANSWERING,
+    ),
 )
 def vocabulary_matching(
     view: SplitView,
@@ -108,8 +111,8 @@ def acceptance(surrogate: Surrogate, proposer: Proposer, texts: Sequence[Encoded
 
 def relative(found_RKD: Tensor, seen_RD: Tensor) -> Tensor:
     """Return the L2 distances of candidates' states to the seen ones, relative to these, [R, K]."""
-    lengths_R = torch.linalg.vector_norm(seen_RD, dim=-1).clamp_min(1e-12)
-    return torch.linalg.vector_norm(found_RKD - seen_RD[:, None], dim=-1) / lengths_R[:, None]
+    lengths_R = seen_RD.square().sum(-1).sqrt().clamp_min(1e-12)
+    return (found_RKD - seen_RD[:, None]).square().sum(-1).sqrt() / lengths_R[:, None]
 
 
 @dataclass(kw_only=True)
