@@ -13,6 +13,7 @@ from simulations.rows import rows_of_party
 from simulations.settings import JobSettings
 from vflair_flower.clients import Auditor, DataParty, ModelParty, PartyRows, role_of
 from vflair_flower.control import HELLO, MODEL_PARTY_ROLE, SERVE
+from vflair_flower.session import RecordingSettings
 
 
 def _settings(context: Context) -> JobSettings:
@@ -50,7 +51,11 @@ def _attack_files(context: Context) -> str:
     return ",".join(map(str, job.files)) if isinstance(job, AuditSettings) else ""
 
 
-data_party = DataParty(_rows, state_dir=_state_dir, base_dir=_base_dir, threads=_threads)
+def _record(context: Context) -> RecordingSettings | None:
+    return _settings(context).recording()
+
+
+data_party = DataParty(_rows, state_dir=_state_dir, base_dir=_base_dir, threads=_threads, record=_record)
 model_party = ModelParty(state_dir=_state_dir, base_dir=_base_dir, threads=_body_threads)
 
 app = ClientApp()
