@@ -231,8 +231,8 @@ def _true_call(line: dict[str, Any], tensors: dict[str, Tensor], folder: Path) -
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"a line of {folder / 'index.jsonl'} is of no call ({type(error).__name__}: {error}): {str(line)[:120]}. It "
-            "was changed, or written by another version."
+            f"a line of {folder / 'index.jsonl'} is of no call ({type(error).__name__}: {error}): {str(line)[:120]}. "
+            "It was changed, or written by another version."
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -460,6 +460,7 @@ def test_a_session_without_recording_looks_at_no_frame(monkeypatch: pytest.Monke
         ({"adversaries": ("mallory",)}, "'mallory'"),
         ({"adversaries": ("host:",)}, "'host:'"),
         ({"adversaries": ("hub", "hub")}, "each once"),
+        ({"adversaries": "hub"}, "give a tuple"),
         ({"every": 0}, "every is 0"),
         ({"max_bytes": 3}, "max_bytes is 3"),
         ({"every": True}, "every is True"),
@@ -487,14 +488,14 @@ def test_a_folder_that_cannot_be_used_is_refused_before_the_session(tmp_path: Pa
 
 class TestDamaged:
     @pytest.fixture
-    def folder(self, tmp_path: Path) -> Iterator[Path]:
+    def folder(self, tmp_path: Path) -> Path:
         given = settings(tmp_path, "hub")
         (recorder,) = recorders_at_hub(given, job=JOB, parties=["a"], server_round=1, training=False)
         for number in range(4):
             recorder(sighting("forward", {"call": number}, {"hidden": marked(number)}))
         recorder.close()
         assert len(list(read_recording(recorder.folder))) == 4
-        yield recorder.folder
+        return recorder.folder
 
     @staticmethod
     def file(folder: Path) -> Path:

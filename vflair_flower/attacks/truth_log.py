@@ -70,7 +70,7 @@ def read_truth(
         if len(known) < count:
             raise DataError(
                 f"of {' '.join(key[2:])} of party {key[1]!r} in session {key[0]}, {len(known)} of {count} calls have "
-                "their truth in the folders given. Give the folders of all data parties, recorded with the same `every`."
+                "their truth in the folders given. Give those of all data parties, recorded with the same `every`."
             )
         texts, rows = _texts(known[:count])
         ids += texts

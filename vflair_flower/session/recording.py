@@ -3,8 +3,8 @@
     SplitLearning(..., record=RecordingSettings(folder=Path("records"), adversaries=("model-party", "network")))
     view = split_view(read_recording(Path("records/job/recordings/model-party")), ...)
 
-What it is: a `Tap` that keeps frames as they crossed, after all defences.  What it is not: on by default; and it knows no
-text and no label, which crossed nowhere.  The format is docs/recording.md.
+What it is: a `Tap` that keeps frames as they crossed, after all defences.  What it is not: on by default; and it knows
+no text and no label, which crossed nowhere.  The format is docs/recording.md.
 Invariants: a recording holds nothing that its adversary did not see; and whatever happens to it, the session goes on.
 """
 
@@ -49,8 +49,8 @@ class RecordingSettings:
         average and count), ``"host:NAME"`` (the same of one host of experts), ``"hub"`` (all that passes the hub, once)
         or ``"network"`` (sizes, times and directions on every line, and no content).
     every : int
-        Each n-th forward pass of every caller is kept, with all that belongs to it: replies, the backward pass, or every
-        frame of its cache.
+        Each n-th forward pass of every caller is kept, with all that belongs to it: replies, the backward pass, or all
+        frames of its cache.
     max_bytes : int
         The most that one adversary's folder, or one party's truth, may hold.
 
@@ -66,6 +66,9 @@ class RecordingSettings:
     max_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+        if isinstance(self.adversaries, str):
+            raise ConfigurationError(f"adversaries is the text {self.adversaries!r}; give a tuple of names.")
         for name in self.adversaries:
             known = name in (MODEL_PARTY, AGGREGATOR, HUB, NETWORK)
             if not known and not (name.startswith(HOST) and len(name) > len(HOST)):

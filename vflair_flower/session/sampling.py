@@ -1,7 +1,7 @@
 """Which frames of a session belong together, and which of them are of a sample.
 
-A forward pass is a call, or one per layer at a host of experts, or one per part of a model with an encoder; its replies,
-its backward calls and all calls of its cache belong to it.  What carries tensors and belongs to no pass (gradients to
+A forward pass is a call, or one per layer at a host of experts, or one per part of a model with an encoder; replies,
+backward calls and all calls of its cache belong to it.  What carries tensors and belongs to no pass (gradients to
 be averaged) is sampled by itself; frames without tensors are always of the sample.
 Invariant: the choice depends on the order of a caller's calls alone, so all who see them choose alike.
 """

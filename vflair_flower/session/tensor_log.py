@@ -164,7 +164,7 @@ def _open(folder: Path, name: object, place: int) -> Any:
             "log is one folder, with all of its files."
         )
     try:
-        return safe_open(path, framework="pt")  # type: ignore[no-untyped-call]
+        return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise DataError(f"{path} cannot be read ({error}); it was cut short or is no safetensors file.") from error
 
@@ -199,8 +199,8 @@ def _lines(index: Path) -> Iterator[tuple[int, Line]]:
                 line = json.loads(each)
             except ValueError as error:
                 raise DataError(
-                    f"line {place} of {index} is not JSON ({error}); it was cut short or changed. Remove it to read the "
-                    "others."
+                    f"line {place} of {index} is not JSON ({error}); it was cut short or changed. Remove it to read "
+                    "the others."
                 ) from error
             if not isinstance(line, dict):
                 raise DataError(f"line {place} of {index} is no JSON object; the file is no index. Remove the line.")
