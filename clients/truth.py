@@ -95,6 +95,7 @@ class TruthRecorder:
         self._lock = threading.Lock()
         self._ended = self._log.noted
         self._known: dict[tuple[int, ...], str] = {}
+        self._given_BT: Tensor | None = None
         self._ids_BT: Tensor | None = None
         self._labels: Tensor | None = None
         self._row_ids: list[str] = []
@@ -141,16 +142,22 @@ class TruthRecorder:
                 self._end(None)
 
     def _begin(self, _model: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        labels = kwargs.get("labels")
+        labels, given = kwargs.get("labels"), kwargs.get("input_ids")
         with self._lock:
+            self._given_BT = given if isinstance(given, Tensor) else None
             self._labels = labels if isinstance(labels, Tensor) else None
             self._ids_BT = None
             self._places.clear()
 
     def _embed(self, _embedding: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            with self._lock:
-                self._ids_BT = args[0]
+        if not args or not isinstance(args[0], Tensor):
+            return
+        ids = args[0]
+        with self._lock:
+            given_BT = self._given_BT
+            alike = given_BT is not None and ids.dim() == 2 and ids.device == given_BT.device
+            turned = alike and torch.equal(ids.T, given_BT)  # XLNet embeds [T, B]
+            self._ids_BT = given_BT if turned else ids
 
     def _take(self, seen: Sighting) -> None:
         if "block" in seen.meta or "owner" in seen.meta:  # hand-off: a lead's calls are about others' tokens as well

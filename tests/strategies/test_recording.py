@@ -228,7 +228,8 @@ def test_a_model_party_records_at_its_own_node(tmp_path: Path, spec: SplitSpec) 
         strategy.start(LocalGrid(app, [*nodes(), {"role": "model party"}]), num_rounds=1)
     one, other = seen_by(at_hub), seen_by(at_node)
     assert len(one) == len(other) > 0
-    assert [(s.call_id, s.kind, s.direction) for s in one] == [(s.call_id, s.kind, s.direction) for s in other]
+    ways = [sorted((s.session, s.call_id, s.kind, s.direction) for s in kept) for kept in (one, other)]
+    assert ways[0] == ways[1]  # several parties' frames may pass the two in another order
     assert_head_of_truth_is_what_was_seen(spec, other, at_hub)
 
 
