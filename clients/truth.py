@@ -155,9 +155,9 @@ class TruthRecorder:
         ids = args[0]
         with self._lock:
             given_BT = self._given_BT
-            alike = given_BT is not None and ids.dim() == 2 and ids.device == given_BT.device
-            turned = alike and torch.equal(ids.T, given_BT)  # XLNet embeds [T, B]
-            self._ids_BT = given_BT if turned else ids
+            self._ids_BT = ids
+            if given_BT is not None and ids.dim() == 2 and ids.device == given_BT.device:
+                self._ids_BT = given_BT if torch.equal(ids.T, given_BT) else ids  # XLNet embeds [T, B]
 
     def _take(self, seen: Sighting) -> None:
         if "block" in seen.meta or "owner" in seen.meta:  # hand-off: a lead's calls are about others' tokens as well
