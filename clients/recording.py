@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from flwr.app import Context
 from torch import nn
 
-from vflair_flower.clients.truth import TruthRecorder
 from vflair_flower.control import SessionOffer
 from vflair_flower.errors import ConfigurationError
+from vflair_flower.remote.truth import TruthRecorder
 from vflair_flower.session import RecordingSettings, Tap
 from vflair_flower.session.recording import joint_tap, recorders_at_party
 from vflair_flower.tasks import Encoded
@@ -59,15 +59,16 @@ def party_recording(
     if settings is None:
         yield PartyRecording()
         return
-    recorders = recorders_at_party(
-        settings, job=offer.job, party=offer.party, server_round=offer.server_round, training=offer.training
-    )
+    job, party, server_round, training = offer.job, offer.party, offer.server_round, offer.training
+    recorders = recorders_at_party(settings, job=job, party=party, server_round=server_round, training=training)
     if model is None and not recorders:
         raise ConfigurationError(
             f"party '{offer.party}' records {', '.join(settings.adversaries) or 'nobody'}, and sees what none of them "
             f"sees. Choose '{offer.party}' as model party, 'host:{offer.party}' or 'network', or record at the hub."
         )
-    truth = None if model is None else TruthRecorder(settings, offer)
+    truth = None
+    if model is not None:
+        truth = TruthRecorder(settings, job=job, party=party, server_round=server_round, training=training)
     taps: list[Tap] = [*recorders, *([] if truth is None else [truth])]
     try:
         with nullcontext() if truth is None or model is None else truth.watching(model):

@@ -20,10 +20,10 @@ from vflair_flower.attacks import SplitView, Surrogate, split_view
 from vflair_flower.attacks.truth_log import read_truth
 from vflair_flower.clients import DataParty, ExpertParty, ModelParty, PartyRows, TextGeneration
 from vflair_flower.clients.recording import Record
-from vflair_flower.clients.truth import read_truth_log
 from vflair_flower.control import GENERATE, HELLO, SERVE
 from vflair_flower.errors import DataError, PartyLostError
 from vflair_flower.partition import PartitionPlan, load_tokenizer, resolve_model
+from vflair_flower.remote.truth import read_truth_log
 from vflair_flower.session import Recorded, RecordingSettings, read_recording
 from vflair_flower.session.header import Kind
 from vflair_flower.settings import (

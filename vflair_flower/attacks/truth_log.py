@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 
 from vflair_flower.attacks.scoring import Truth
 from vflair_flower.attacks.view import exchange_key
-from vflair_flower.clients.truth import TrueCall, read_truth_log
 from vflair_flower.errors import DataError
 from vflair_flower.remote.protocol import FORWARD, MODEL_PARTY
+from vflair_flower.remote.truth import TrueCall, read_truth_log
 from vflair_flower.session import Sighting
 from vflair_flower.session.header import Kind
 from vflair_flower.tasks import Secret

@@ -12,20 +12,21 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from vflair_flower.control import SessionOffer
 from vflair_flower.errors import DataError
-from vflair_flower.experts.dispatch import Portion
 from vflair_flower.session import RecordingSettings, Sighting
 from vflair_flower.session.header import Kind
 from vflair_flower.session.recording import folder_name
 from vflair_flower.session.sampling import Sampler
 from vflair_flower.session.tensor_log import TensorLog, read_log
 from vflair_flower.tasks import Encoded
+
+if TYPE_CHECKING:
+    from vflair_flower.experts.dispatch import Portion
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +82,21 @@ class TruthRecorder:
     ----------
     settings : RecordingSettings
         Where, how often and how much; the sample is that of the recordings.
-    offer : SessionOffer
-        The session.
+    job, party : str
+        Name the folder.
+    server_round, training
+        Of the session.
+
+    Raises
+    ------
+    ConfigurationError
+        If the folder cannot be used.
     """
 
-    def __init__(self, settings: RecordingSettings, offer: SessionOffer) -> None:
-        self.folder = settings.folder / folder_name(offer.job) / "truth" / folder_name(offer.party)
-        self._session = {"round": offer.server_round, "training": offer.training}
-        about = {"party": offer.party, "every": settings.every}
+    def __init__(self, settings: RecordingSettings, *, job: str, party: str, server_round: int, training: bool) -> None:
+        self.folder = settings.folder / folder_name(job) / "truth" / folder_name(party)
+        self._session = {"round": server_round, "training": training}
+        about = {"party": party, "every": settings.every}
         prefix = secrets.token_hex(6)
         self._log = TensorLog(self.folder, kind=TRUTH, about=about, prefix=prefix, max_bytes=settings.max_bytes)
         self._sampler = Sampler(settings.every)
@@ -118,7 +126,7 @@ class TruthRecorder:
         for row in encoded:
             self._known.setdefault(tuple(row.input_ids), row.row_id)
 
-    def sent(self, call: int, portion: Portion) -> None:
+    def sent(self, call: int, portion: "Portion") -> None:
         """Learn which tokens a call to a host of experts is about; called before it leaves."""
         with self._lock:
             self._places[portion.host, call] = portion.tokens_U

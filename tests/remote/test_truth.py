@@ -10,10 +10,9 @@ import torch
 from vflair_flower.certificate import TINY
 from vflair_flower.certificate.compare import make_inputs
 from vflair_flower.certificate.parties import Parties, checkpoint, open_parties, plan_of
-from vflair_flower.clients.truth import TrueCall, TruthRecorder, read_truth_log
-from vflair_flower.control import SessionOffer
 from vflair_flower.errors import DataError
 from vflair_flower.partition import Mode, PartitionPlan
+from vflair_flower.remote.truth import TrueCall, TruthRecorder, read_truth_log
 from vflair_flower.session import RecordingSettings, Sighting
 from vflair_flower.settings import TaskKind
 from vflair_flower.tasks import EncodedRow
@@ -33,30 +32,11 @@ FAMILIES = {
 }
 
 
-def offer(**changes: object) -> SessionOffer:
-    values: dict[str, object] = {
-        "spec": "",
-        "agreement": "",
-        "job": "job",
-        "address": "",
-        "session": "",
-        "ticket": "",
-        "party": "ann",
-        "parties": ["ann"],
-        "server_round": 3,
-        "training": True,
-        "deadline_s": 1.0,
-        "body_mode": "",
-        "root_certificates": "",
-        "allow_plaintext": False,
-    }
-    return SessionOffer(**{**values, **changes})  # type: ignore[arg-type]
-
-
 @contextmanager
 def written_down(parties: Parties, folder: Path, **more: int) -> Iterator[tuple[TruthRecorder, list[Sighting]]]:
     """Write down the truth of the data party's calls, and keep what leaves."""
-    truth = TruthRecorder(RecordingSettings(folder=folder, **more), offer())  # type: ignore[arg-type]
+    settings = RecordingSettings(folder=folder, **more)  # type: ignore[arg-type]
+    truth = TruthRecorder(settings, job="job", party="ann", server_round=3, training=True)
     sent: list[Sighting] = []
 
     def tap(seen: Sighting) -> None:
