@@ -1,6 +1,7 @@
 """The Flower ClientApp: a node is a data party or the model party of the main job, or works on cells of PC-MoE's."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -52,7 +53,8 @@ def _attack_files(context: Context) -> str:
 
 
 def _record(context: Context) -> RecordingSettings | None:
-    return _settings(context).recording()
+    recording = _settings(context).recording()
+    return None if recording is None else replace(recording, adversaries=())  # the truth alone; the hub has the rest
 
 
 data_party = DataParty(_rows, state_dir=_state_dir, base_dir=_base_dir, threads=_threads, record=_record)

@@ -112,8 +112,7 @@ class Session:
         for party in self.parties:
             own = None
             if self.settings is not None:
-                at_party = replace(self.settings, folder=self.settings.folder / "own")
-                self.own[party] = recorders_at_party(at_party, party=party, **about)  # type: ignore[arg-type]
+                self.own[party] = recorders_at_party(self.settings, party=party, **about)  # type: ignore[arg-type]
                 own = joint_tap(self.own[party])
             self.links[party] = connect(
                 self.hub.address,
@@ -217,10 +216,8 @@ def test_a_party_records_itself_what_the_hub_records_of_it(tmp_path: Path, bind:
     with Session(given, node=True, bind=bind) as session:
         run_job(session.links["a"])
     for name in given.adversaries:
-        at_hub, at_home = (
-            list(read_recording(replace(given, folder=folder).folder_of(JOB, name)))
-            for folder in (tmp_path, tmp_path / "own")
-        )
+        party = name.removeprefix("host:")
+        at_hub, at_home = (list(read_recording(given.folder_of(JOB, name, party=own))) for own in (None, party))
         assert len(at_hub) == len(at_home) > 0
         for one, other in zip(at_hub, at_home, strict=True):
             assert_same(one, other)

@@ -23,6 +23,7 @@ from vflair_flower.errors import CheckpointError, ConfigurationError
 from vflair_flower.partition import PartitionPlan, load_tokenizer, resolve_model
 from vflair_flower.report import Result
 from vflair_flower.session import read_recording
+from vflair_flower.session.header import Kind
 from vflair_flower.settings import TaskSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,7 +129,11 @@ def test_job_records_what_adversaries_saw_and_parties_the_truth(tmp_path, easy_r
     assert {path.name for path in (folder / "recordings").iterdir()} == {"model-party", "network"}
     for path in (folder / "recordings").iterdir():
         assert 0 < sum(file.stat().st_size for file in path.iterdir()) < 2_000_000
-    assert len(network_view(read_recording(folder / "recordings" / "network")).frames) > 100
+    frames = [one for one in read_recording(folder / "recordings" / "network") if one.training]
+    assert len(network_view(frames).frames) == len(frames)
+    # By party: 6 of 12 forward, backward and averaging calls, 12 steps, 2 farewells, each with its reply.
+    assert sum(one.kind in (Kind.CALL, Kind.REPLY) for one in frames) == 2 * 2 * (3 * 6 + 12 + 2)
+    assert not (folder / "own").exists()
     seen = [one for one in read_recording(folder / "recordings" / "model-party") if one.training]
     task = TaskSettings(label_names=("card", "money", "parcel"))
     view = split_view(seen, plan=PartitionPlan(head_blocks=1, tail_blocks=1), num_blocks=4, task=task)

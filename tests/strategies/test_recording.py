@@ -110,8 +110,8 @@ def truth_folders(record: RecordingSettings) -> list[Path]:
     return [record.folder / "job" / "truth" / f"party-{i}" for i in range(PARTIES)]
 
 
-def seen_by(record: RecordingSettings, adversary: str = "model-party") -> list[Recorded]:
-    return list(read_recording(record.folder_of("job", adversary)))
+def seen_by(record: RecordingSettings, adversary: str = "model-party", *, party: str | None = None) -> list[Recorded]:
+    return list(read_recording(record.folder_of("job", adversary, party=party)))
 
 
 def view_of(spec: SplitSpec, kept: Sequence[Recorded]) -> SplitView:
@@ -157,10 +157,13 @@ def test_training_and_evaluation_line_up_with_the_truth(tmp_path: Path, spec: Sp
     by_id = {row.row_id: row.input_ids for row in encode_task(spec.task.kind, rows, tokenizer, max_tokens=16)}
     for row_id, ids in zip(truth.row_ids, truth.ids, strict=True):
         assert tuple(ids.tolist()) == tuple(by_id[row_id])
-    crossed = {e.party: 0 for e in strategy.ledger.entries()}
-    for one in seen_by(record, "network"):
-        crossed[one.party] += one.num_bytes
-    assert all(count >= strategy.ledger.total(party=party) for party, count in crossed.items())
+    counted = [entry for entry in strategy.ledger.entries() if entry.operation != "notice"]
+    for index in range(PARTIES):
+        party = f"party-{index}"
+        crossed = sum(entry.bytes for entry in counted if entry.party == party)
+        for own in (None, party):  # as the hub saw it, and as the party itself did
+            frames = [one for one in seen_by(record, "network", party=own) if one.kind is not Kind.NOTICE]
+            assert sum(one.num_bytes for one in frames if one.party == party) == crossed
 
 
 @pytest.mark.parametrize(
@@ -226,7 +229,7 @@ def test_a_model_party_records_at_its_own_node(tmp_path: Path, spec: SplitSpec) 
     app = app_of(tmp_path / "state", at_hub, at_node=lambda context: at_node)
     with strategy_for(spec, at_hub, model_party="node") as strategy:
         strategy.start(LocalGrid(app, [*nodes(), {"role": "model party"}]), num_rounds=1)
-    one, other = seen_by(at_hub), seen_by(at_node)
+    one, other = seen_by(at_hub), seen_by(at_node, party="model-party")
     assert len(one) == len(other) > 0
     ways = [sorted((s.session, s.call_id, s.kind, s.direction) for s in kept) for kept in (one, other)]
     assert ways[0] == ways[1]  # several parties' frames may pass the two in another order
@@ -275,7 +278,7 @@ class TestExperts:
             record=record,
         ) as strategy:
             strategy.start(LocalGrid(app, nodes(self.COUNT)))
-        kept, own = seen_by(record, "host:party-1"), seen_by(at_home, "host:party-1")
+        kept, own = seen_by(record, "host:party-1"), seen_by(at_home, "host:party-1", party="party-1")
         assert len(kept) == len(own) > 0
         asked = {
             (seen.session, seen.source, seen.target, seen.meta["call"]): seen.tensors["hidden"]

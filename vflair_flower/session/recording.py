@@ -42,8 +42,8 @@ class RecordingSettings:
     Parameters
     ----------
     folder : pathlib.Path
-        Recordings go to ``<folder>/<job>/recordings/<adversary>/``, a data party's truth to
-        ``<folder>/<job>/truth/<party>/``.
+        Recordings at the hub go to ``<folder>/<job>/recordings/<adversary>/``, a party's own to
+        ``<folder>/<job>/own/<party>/<adversary>/``, a data party's truth to ``<folder>/<job>/truth/<party>/``.
     adversaries : tuple of str
         Who records: ``"model-party"`` (calls to it and its replies), ``"aggregator"`` (the same of the endpoints that
         average and count), ``"host:NAME"`` (the same of one host of experts), ``"hub"`` (all that passes the hub, once)
@@ -82,9 +82,10 @@ class RecordingSettings:
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ConfigurationError(f"{what} is {value!r} in the settings of a recording; choose {least} or more.")
 
-    def folder_of(self, job: str, adversary: str) -> Path:
-        """Return the folder of an adversary's recording."""
-        return self.folder / folder_name(job) / "recordings" / folder_name(adversary)
+    def folder_of(self, job: str, adversary: str, *, party: str | None = None) -> Path:
+        """Return the folder of an adversary's recording: the hub's, or a party's own."""
+        where = Path("recordings") if party is None else Path("own") / folder_name(party)
+        return self.folder / folder_name(job) / where / folder_name(adversary)
 
 
 def folder_name(name: str) -> str:
@@ -128,6 +129,8 @@ class Recorder:
         The parties that have a stream of their own in the session.
     server_round, training
         Of the session.
+    party : str, optional
+        Whose own recording it is; by default the hub's.
 
     Raises
     ------
@@ -144,9 +147,10 @@ class Recorder:
         streams: Collection[str],
         server_round: int,
         training: bool,
+        party: str | None = None,
     ) -> None:
         self.adversary = adversary
-        self.folder = settings.folder_of(job, adversary)
+        self.folder = settings.folder_of(job, adversary, party=party)
         self._settings = settings
         self._streams = frozenset(streams)
         self._session = {"round": server_round, "training": training}
@@ -223,7 +227,15 @@ def recorders_at_party(
         return ()
     itself = {MODEL_PARTY} & {party} | {f"{HOST}{party}", NETWORK}
     return tuple(
-        Recorder(settings, name, job=job, streams=(party,), server_round=server_round, training=training)
+        Recorder(
+            settings,
+            name,
+            job=job,
+            streams=(party,),
+            server_round=server_round,
+            training=training,
+            party=party,
+        )
         for name in settings.adversaries
         if name in itself
     )
