@@ -21,6 +21,7 @@ from torch import Tensor
 
 from vflair_flower.clients.generation import TextGeneration, generate_texts
 from vflair_flower.clients.naming import party_name
+from vflair_flower.clients.recording import Record, recording_of
 from vflair_flower.clients.segment import load_data_segment
 from vflair_flower.clients.session import PartySession, split_session
 from vflair_flower.clients.store import PartyStore
@@ -74,6 +75,9 @@ class DataParty:
         CPU threads for torch; 0 leaves torch's own choice.
     generation : TextGeneration, optional
         This party's prompts, for `SplitLearning.generate`.
+    record : RecordingSettings or callable, optional
+        Where this party writes the truth behind its calls, for itself alone; a callable gets the context.  By default
+        nothing is written (docs/recording.md).
     """
 
     def __init__(
@@ -84,8 +88,10 @@ class DataParty:
         base_dir: Path | Callable[[Context], Path | None] | None = None,
         threads: int | Callable[[Context], int] = 0,
         generation: TextGeneration | None = None,
+        record: Record = None,
     ) -> None:
         self._rows = rows
+        self._record = record
         self._generation = generation
         self._state_dir = state_dir
         self._base_dir = base_dir
@@ -153,7 +159,8 @@ class DataParty:
 
     def _session(self, message: Message, context: Context) -> AbstractContextManager[PartySession]:
         """Open the session that a message invites to."""
-        return split_session(message, context, base_dir=self._base(context))
+        record = recording_of(self._record, context)
+        return split_session(message, context, base_dir=self._base(context), record=record)
 
     def _initial(self, spec: SplitSpec, context: Context) -> dict[str, Tensor]:
         """Return what all parties start from, drawn from the job's seed."""
@@ -227,7 +234,9 @@ def evaluate_rows(session: PartySession, rows: tuple[Example, ...]) -> Evaluated
 
 def _encoded(session: PartySession, rows: tuple[Example, ...]) -> Sequence[Encoded]:
     spec = session.spec
-    return encode_task(spec.task.kind, rows, session.tokenizer, max_tokens=spec.training.max_tokens)
+    encoded = encode_task(spec.task.kind, rows, session.tokenizer, max_tokens=spec.training.max_tokens)
+    session.name_rows(encoded)
+    return encoded
 
 
 def check_labels(rows: PartyRows, spec: SplitSpec) -> None:

@@ -21,6 +21,7 @@ from vflair_flower.certificate import load_admitted_config
 from vflair_flower.clients.data_party import DataParty, PartyRows
 from vflair_flower.clients.generation import TextGeneration, generate_texts
 from vflair_flower.clients.handover import MODELS, Consent, hand_over
+from vflair_flower.clients.recording import PartyRecording, Record, party_recording, recording_of
 from vflair_flower.clients.segment import DataSegment
 from vflair_flower.clients.session import PartySession, connect_to
 from vflair_flower.clients.store import PartyStore
@@ -56,7 +57,7 @@ from vflair_flower.partition import (
 from vflair_flower.remote import RemoteSegment, parameter_counts
 from vflair_flower.remote.protocol import FINISH
 from vflair_flower.remote.segment import StepCalls
-from vflair_flower.session import Link
+from vflair_flower.session import Link, RecordingSettings
 from vflair_flower.spec import SplitSpec
 
 _WAIT_FOR_OTHERS = 10.0
@@ -83,8 +84,9 @@ class ExpertSession(PartySession):
         host: ExpertHost,
         lost_hosts: dict[str, str],
         lead: Lead | None = None,
+        recording: PartyRecording | None = None,
     ) -> None:
-        super().__init__(message, own, link, calls)
+        super().__init__(message, own, link, calls, recording)
         self.host = host
         self.lost_hosts = lost_hosts
         self._lead = lead
@@ -129,6 +131,8 @@ class ExpertParty(DataParty):
     ----------
     rows, state_dir, base_dir, threads, generation
         As of `DataParty`.
+    record
+        As of `DataParty`; with ``"host:NAME"`` and this party's name also what it sees as a host.
     share_experts, share_model : bool
         Whether this party hands over its experts, and its own model, when `CollaborativeMoE.export` asks; a model that
         the job averages is the strategy's anyway.
@@ -144,8 +148,11 @@ class ExpertParty(DataParty):
         generation: TextGeneration | None = None,
         share_experts: bool = False,
         share_model: bool = False,
+        record: Record = None,
     ) -> None:
-        super().__init__(rows, state_dir=state_dir, base_dir=base_dir, threads=threads, generation=generation)
+        super().__init__(
+            rows, state_dir=state_dir, base_dir=base_dir, threads=threads, generation=generation, record=record
+        )
         self._consent = Consent(experts=share_experts, model=share_model)
 
     def register(self, app: ClientApp, *, train: bool = True, evaluate: bool = True) -> None:
@@ -166,7 +173,13 @@ class ExpertParty(DataParty):
         return generate_texts(message, context, self._generation, session, prompts_needed=False)
 
     def _session(self, message: Message, context: Context) -> AbstractContextManager[ExpertSession]:
-        return expert_session(message, context, state_dir=self._state(context), base_dir=self._base(context))
+        return expert_session(
+            message,
+            context,
+            state_dir=self._state(context),
+            base_dir=self._base(context),
+            record=recording_of(self._record, context),
+        )
 
     def _initial(self, spec: SplitSpec, context: Context) -> dict[str, Tensor]:
         source = _source(spec, context, self._base(context))
@@ -177,7 +190,12 @@ class ExpertParty(DataParty):
 
 @contextmanager
 def expert_session(
-    message: Message, context: Context, *, state_dir: Path, base_dir: Path | None = None
+    message: Message,
+    context: Context,
+    *,
+    state_dir: Path,
+    base_dir: Path | None = None,
+    record: RecordingSettings | None = None,
 ) -> Iterator[ExpertSession]:
     """Open the session that a train or evaluate message invites to, and serve this party's experts in it.
 
@@ -193,6 +211,9 @@ def expert_session(
         Folder of this party's own.
     base_dir : pathlib.Path, optional
         What a relative model folder is relative to.
+    record : RecordingSettings, optional
+        Where this party writes the truth behind its calls, for itself, and what it sees as a host of experts
+        (docs/recording.md); None writes nothing.
 
     Yields
     ------
@@ -236,10 +257,15 @@ def expert_session(
         lead = Lead(loaded, model, channel, host, placement, spec, party=offer.party, waiting=waiting)
     host.begin(offer.parties, training=offer.training)
     own = DataSegment(spec=spec, source=source, model=model, channel=loaded.channel)
-    with connect_to(offer) as link, _leading(lead, link, offer):
+    with (
+        party_recording(record, offer, model) as recording,
+        connect_to(offer, recording.tap) as link,
+        _leading(lead, link, offer),
+    ):
         link.on_lost(lambda party, _reason: (lead or host).leave(party, lost=True))
         link.serve(lead or host)
         caller = ExpertCaller(link, host, placement, spec)
+        caller.watch = None if recording.truth is None else recording.truth.sent
         body = RemoteSegment(BodyLink(link), spec)
         try:
             assert spec.experts is not None
@@ -248,7 +274,7 @@ def expert_session(
             joined = channel.joined(caller), loaded.channel.joined(body)
             with joined[0], joined[1], routing, load_balance(model, spec, exchange):
                 calls: StepCalls = caller if loaded.segment.is_whole else StepsOfBoth(caller, body)
-                session = ExpertSession(message, own, link, calls, host, caller.lost, lead)
+                session = ExpertSession(message, own, link, calls, host, caller.lost, lead, recording)
                 yield session
                 session.finish()
             host.wait_for_owners(_WAIT_FOR_OTHERS * offer.deadline_s)

@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 
 from vflair_flower.certificate import load_admitted_config
 from vflair_flower.clients.naming import party_name
+from vflair_flower.clients.recording import Record, party_recording, recording_of
 from vflair_flower.clients.session import connect_to
 from vflair_flower.clients.store import PartyStore
 from vflair_flower.control import (
@@ -49,6 +50,9 @@ class ModelParty:
         Whether this party hands out its trained state when the strategy asks, to merge the finished model.
     threads : int or callable
         CPU threads for torch; 0 leaves torch's own choice.
+    record : RecordingSettings or callable, optional
+        Where this party records what it sees, as ``"model-party"``; a callable gets the context.  By default nothing is
+        recorded (docs/recording.md).
     """
 
     def __init__(
@@ -58,11 +62,13 @@ class ModelParty:
         base_dir: Path | Callable[[Context], Path | None] | None = None,
         share_adapter: bool = True,
         threads: int | Callable[[Context], int] = 0,
+        record: Record = None,
     ) -> None:
         self._state_dir = state_dir
         self._base_dir = base_dir
         self._share_adapter = share_adapter
         self._threads = threads
+        self._record = record
 
     def register(self, app: ClientApp) -> None:
         """Register `hello` and `serve` with a ClientApp."""
@@ -94,7 +100,8 @@ class ModelParty:
         if saved is not None:
             server.load_state(saved)
         server.begin(offer.parties, server_round=offer.server_round, training=offer.training)
-        with connect_to(offer) as link:
+        record = recording_of(self._record, context)
+        with party_recording(record, offer) as recording, connect_to(offer, recording.tap) as link:
             link.on_lost(lambda party, _reason: server.leave(party, lost=True))
             link.serve(server)
             link.wait_closed(None)

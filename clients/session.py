@@ -14,7 +14,7 @@ Leaving the block with an exception tells the hub at once; leaving it well says 
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +25,7 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from vflair_flower.clients.recording import PartyRecording, party_recording
 from vflair_flower.clients.segment import DataSegment, load_data_segment
 from vflair_flower.clients.trainer import StepWithTrainer
 from vflair_flower.control import KEY, RoundReport, SessionOffer
@@ -36,8 +37,9 @@ from vflair_flower.remote.averaging import average_gradients
 from vflair_flower.remote.clipping import clip_gradients
 from vflair_flower.remote.protocol import AVERAGER, FINISH
 from vflair_flower.remote.segment import StepCalls
-from vflair_flower.session import Agreement, Link, connect
+from vflair_flower.session import Agreement, Link, RecordingSettings, Tap, connect
 from vflair_flower.spec import SplitSpec
+from vflair_flower.tasks import Encoded
 
 Number = int | float
 
@@ -55,7 +57,14 @@ class PartySession:
         Who this is and what the session is for.
     """
 
-    def __init__(self, message: Message, own: DataSegment, link: Link, remote: StepCalls) -> None:
+    def __init__(
+        self,
+        message: Message,
+        own: DataSegment,
+        link: Link,
+        remote: StepCalls,
+        recording: PartyRecording | None = None,
+    ) -> None:
         offer = SessionOffer.from_content(message.content)
         self.spec = own.spec
         self.party = offer.party
@@ -76,6 +85,7 @@ class PartySession:
         self._optimizers: list[torch.optim.Optimizer] = []
         self._reply_to = message
         self._source = own.source
+        self._recording = recording or PartyRecording()
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -144,6 +154,10 @@ class PartySession:
         """
         return StepWithTrainer(self, own_rate=own_rate)
 
+    def name_rows(self, encoded: Iterable[Encoded]) -> None:
+        """Say whose tokens are whose, for the truth that this party writes for itself if it records (`record`)."""
+        self._recording.name_rows(encoded)
+
     def report(self) -> RoundReport:
         """Return what was measured so far."""
         held, trained = parameter_counts(self.model)
@@ -204,7 +218,9 @@ class PartySession:
 
 
 @contextmanager
-def split_session(message: Message, context: Context, *, base_dir: Path | None = None) -> Iterator[PartySession]:
+def split_session(
+    message: Message, context: Context, *, base_dir: Path | None = None, record: RecordingSettings | None = None
+) -> Iterator[PartySession]:
     """Open the session that a train or evaluate message invites to.
 
     Parameters
@@ -215,6 +231,8 @@ def split_session(message: Message, context: Context, *, base_dir: Path | None =
         The node's; ``node_config["model-path"]`` overrides where this party finds the model.
     base_dir : pathlib.Path, optional
         What a relative model folder is relative to.
+    record : RecordingSettings, optional
+        Where this party writes the truth behind its calls, for itself (docs/recording.md); None writes nothing.
 
     Yields
     ------
@@ -234,16 +252,24 @@ def split_session(message: Message, context: Context, *, base_dir: Path | None =
     if arrays:
         load_trained_state(own.model, arrays.to_torch_state_dict())
     own.model.train(offer.training)
-    with connect_to(offer) as link:
+    with party_recording(record, offer, own.model) as recording, connect_to(offer, recording.tap) as link:
         remote = RemoteSegment(link, own.spec)
         with own.channel.joined(remote):
-            session = PartySession(message, own, link, remote)
+            session = PartySession(message, own, link, remote, recording)
             yield session
             session.finish()
 
 
-def connect_to(offer: SessionOffer) -> Link:
-    """Dial the hub of an offer; raises TicketError or SessionError if it does not let this party in."""
+def connect_to(offer: SessionOffer, tap: Tap | None = None) -> Link:
+    """Dial the hub of an offer; raises TicketError or SessionError if it does not let this party in.
+
+    Parameters
+    ----------
+    offer : SessionOffer
+        The invitation.
+    tap : Tap, optional
+        Sees every frame of the link.
+    """
     return connect(
         offer.address,
         session=offer.session,
@@ -253,4 +279,5 @@ def connect_to(offer: SessionOffer) -> Link:
         deadline_s=offer.deadline_s,
         root_certificates=offer.root_certificates.encode() or None,
         allow_plaintext=offer.allow_plaintext,
+        tap=tap,
     )

@@ -1,6 +1,7 @@
 """The Flower ClientApp: a node is a data party or the model party of the main job, or works on cells of PC-MoE's."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -13,6 +14,7 @@ from simulations.rows import rows_of_party
 from simulations.settings import JobSettings
 from vflair_flower.clients import Auditor, DataParty, ModelParty, PartyRows, role_of
 from vflair_flower.control import HELLO, MODEL_PARTY_ROLE, SERVE
+from vflair_flower.session import RecordingSettings
 
 
 def _settings(context: Context) -> JobSettings:
@@ -50,7 +52,12 @@ def _attack_files(context: Context) -> str:
     return ",".join(map(str, job.files)) if isinstance(job, AuditSettings) else ""
 
 
-data_party = DataParty(_rows, state_dir=_state_dir, base_dir=_base_dir, threads=_threads)
+def _record(context: Context) -> RecordingSettings | None:
+    recording = _settings(context).recording()
+    return None if recording is None else replace(recording, adversaries=())  # the truth alone; the hub has the rest
+
+
+data_party = DataParty(_rows, state_dir=_state_dir, base_dir=_base_dir, threads=_threads, record=_record)
 model_party = ModelParty(state_dir=_state_dir, base_dir=_base_dir, threads=_body_threads)
 
 app = ClientApp()

@@ -92,6 +92,7 @@ def _run(grid: Grid, settings: JobSettings, run_id: str, run_dir: Path) -> None:
         checkpoint_dir=run_dir / "checkpoints",
         resume=bool(settings.resume),
         base_dir=settings.base,
+        record=settings.recording(),
     )
     with strategy:
         strategy.start(grid)

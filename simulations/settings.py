@@ -11,6 +11,7 @@ from simulations.run_config import read_run_config
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import PartitionPlan
 from vflair_flower.partition.plan import parse_mode
+from vflair_flower.session import RecordingSettings
 from vflair_flower.settings import (
     LoraSettings,
     OptimizerSettings,
@@ -79,6 +80,9 @@ class JobSettings:
     run_id: str
     resume: str
     base_dir: str
+    record: str
+    record_every: int
+    record_max_mb: int
 
     def __post_init__(self) -> None:
         one_of("data-partition", self.data_partition, ("iid", "label-skew", "quantity-skew"))
@@ -92,6 +96,7 @@ class JobSettings:
                 f"resume is {self.resume!r} and run-id {self.run_id!r}; a resumed run keeps its id."
             )
         parse_mode(self.mode)
+        self.recording()
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, Any]) -> Self:
@@ -116,6 +121,18 @@ class JobSettings:
     def num_nodes(self) -> int:
         """Flower nodes that the job needs."""
         return self.parties + (self.model_party == "node")
+
+    def recording(self) -> RecordingSettings | None:
+        """What is recorded, below the folder of the run; None if nothing is."""
+        adversaries = tuple(name.strip() for name in self.record.split(",") if name.strip())
+        if not adversaries:
+            return None
+        return RecordingSettings(
+            folder=self.runs_dir,
+            adversaries=adversaries,
+            every=self.record_every,
+            max_bytes=self.record_max_mb * 1_000_000,
+        )
 
     def deal_settings(self) -> DealSettings:
         """How rows are dealt to the parties."""

@@ -31,6 +31,7 @@ from vflair_flower.experts.routing import check_enough_experts, opted_out_expert
 from vflair_flower.partition import refuse_trained_copies, resolve_model
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import BodyMode, agreement_for
+from vflair_flower.session import RecordingSettings
 from vflair_flower.settings import DecodingSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies.gathering import Gathering
@@ -57,7 +58,7 @@ class CollaborativeMoE(WritingStrategy):
     on_party_lost : str, optional
         Whether the round goes on without a lost party (``"continue"``) or the job stops (``"stop"``); by default it
         goes on where hosts may be skipped or replaced.  The next round needs all parties again.
-    deadline_s, join_deadline_s, hello_deadline_s, job, checkpoint_dir, resume, base_dir, progress_s
+    deadline_s, join_deadline_s, hello_deadline_s, job, checkpoint_dir, resume, base_dir, progress_s, record
         As in `SplitLearning`.
 
     Raises
@@ -82,6 +83,7 @@ class CollaborativeMoE(WritingStrategy):
         resume: bool = False,
         base_dir: Path | None = None,
         progress_s: float = 2.0,
+        record: RecordingSettings | None = None,
     ) -> None:
         check_expert_job(spec)
         assert spec.experts is not None
@@ -113,6 +115,7 @@ class CollaborativeMoE(WritingStrategy):
                 join_deadline_s=join_deadline_s,
                 on_party_lost=on_party_lost or ("stop" if spec.experts.on_host_lost == "fail" else "continue"),
                 progress_s=progress_s,
+                record=record,
             ),
             aggregator=aggregator,
             config=config,

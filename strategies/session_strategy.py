@@ -117,6 +117,8 @@ class SessionStrategy(Strategy):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hub.close()
+        if self._open is not None:
+            self._open.end_recordings()
 
     def start(
         self,

@@ -20,7 +20,8 @@ from vflair_flower.memory import process_peak_bytes
 from vflair_flower.remote import MODEL_PARTY, BodyMode, SegmentServer, parameter_counts
 from vflair_flower.remote.averaging import GradientAverager
 from vflair_flower.remote.protocol import AVERAGER
-from vflair_flower.session import Agreement, Handler, Hub, HubSession
+from vflair_flower.session import Agreement, Handler, Hub, HubSession, Recorder, RecordingSettings
+from vflair_flower.session.recording import joint_tap, recorders_at_hub
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies.grid import reason_of
 from vflair_flower.strategies.hub_settings import HubSettings
@@ -42,6 +43,7 @@ class SessionSettings:
     join_deadline_s: float
     on_party_lost: str
     progress_s: float
+    record: RecordingSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +102,7 @@ class RoundSession:
     _grace_until: float = 0.0
     _desks: list[GradientAverager | LoadCounter] = field(default_factory=list)
     _failures: dict[str, str] = field(default_factory=dict)
+    _recorders: tuple[Recorder, ...] = ()
 
     def __post_init__(self) -> None:
         self.parties = sorted(name for name in self.nodes.values() if name != MODEL_PARTY)
@@ -112,6 +115,13 @@ class RoundSession:
         if self.training and balances_jointly(self.settings.spec):
             self._desks.append(counter := LoadCounter(self.parties, self.settings.deadline_s))
             hosts[BALANCER] = counter
+        self._recorders = recorders_at_hub(
+            self.settings.record,
+            job=self.settings.job,
+            parties=sorted(self.nodes.values()),
+            server_round=self.server_round,
+            training=self.training,
+        )
         self.started = time.monotonic()
         self.session = self.hub.open_session(
             sorted(self.nodes.values()),
@@ -120,6 +130,7 @@ class RoundSession:
             deadline_s=self.settings.deadline_s,
             join_deadline_s=self.settings.join_deadline_s,
             on_lost=self._on_lost,
+            tap=joint_tap(self._recorders),
         )
         if self.body is not None:
             self.body.opened(self.session, self.parties)
@@ -177,6 +188,7 @@ class RoundSession:
         lost = {**self.session.lost, **self._failures}
         first_lost = next(iter(self.session.lost or lost), "")
         self.session.close()
+        self.end_recordings()
         if self.body is not None:
             self.body.end()
         kept, reports, body_state = [], [], None
@@ -204,6 +216,11 @@ class RoundSession:
             sent_bytes=self.session.ledger.total(),
             body_state=body_state,
         )
+
+    def end_recordings(self) -> None:
+        """Write what was recorded; does nothing the second time."""
+        for recorder in self._recorders:
+            recorder.close()
 
     def _check(self, lost: Mapping[str, str], first_lost: str, *, anyone_left: bool) -> None:
         for party, reason in sorted(lost.items()):

@@ -22,6 +22,7 @@ from vflair_flower.partition.footprint import footprint
 from vflair_flower.partition.merging import SPEC_FILE, TRAINED_FILE
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import BodyMode, SegmentServer, agreement_for
+from vflair_flower.session import RecordingSettings
 from vflair_flower.settings import one_of
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies.generation import WritingStrategy
@@ -62,6 +63,8 @@ class SplitLearning(WritingStrategy):
         What a relative model folder is relative to, here.
     progress_s : float
         Least seconds between two lines of progress.
+    record : RecordingSettings or None
+        Who records here what it sees (docs/recording.md); None records nothing.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class SplitLearning(WritingStrategy):
         resume: bool = False,
         base_dir: Path | None = None,
         progress_s: float = 2.0,
+        record: RecordingSettings | None = None,
     ) -> None:
         one_of("body_mode", str(body_mode), tuple(BodyMode))
         one_of("model_party", model_party, ("strategy", "node"))
@@ -109,6 +113,7 @@ class SplitLearning(WritingStrategy):
                 join_deadline_s=join_deadline_s,
                 on_party_lost=on_party_lost,
                 progress_s=progress_s,
+                record=record,
             ),
             aggregator=aggregator,
             config=config,

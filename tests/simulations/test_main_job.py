@@ -17,8 +17,14 @@ from simulations.jobs import read_job
 from simulations.local_grid import LocalGrid
 from simulations.moe.settings import MoeSettings
 from simulations.settings import JobSettings
+from vflair_flower.attacks import network_view, split_view
+from vflair_flower.attacks.truth_log import read_truth
 from vflair_flower.errors import CheckpointError, ConfigurationError
+from vflair_flower.partition import PartitionPlan, load_tokenizer, resolve_model
 from vflair_flower.report import Result
+from vflair_flower.session import read_recording
+from vflair_flower.session.header import Kind
+from vflair_flower.settings import TaskSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,6 +122,31 @@ def test_default_data_has_planted_secrets_written_down(tmp_path, easy_rows):
     assert {secret["kind"] for secret in secrets} >= {"account", "person"}
 
 
+def test_job_records_what_adversaries_saw_and_parties_the_truth(tmp_path, easy_rows, tiny_bert):
+    changes = {"record": "model-party, network", "record_every": 2, "record_max_mb": 2, "unsplit": False, "rounds": 1}
+    run(config(tmp_path, easy_rows, tiny_bert, **changes))
+    folder = tmp_path / "runs" / "job"
+    assert {path.name for path in (folder / "recordings").iterdir()} == {"model-party", "network"}
+    for path in (folder / "recordings").iterdir():
+        assert 0 < sum(file.stat().st_size for file in path.iterdir()) < 2_000_000
+    frames = [one for one in read_recording(folder / "recordings" / "network") if one.training]
+    assert len(network_view(frames).frames) == len(frames)
+    # By party: 6 of 12 forward, backward and averaging calls, 12 steps, 2 farewells, each with its reply.
+    assert sum(one.kind in (Kind.CALL, Kind.REPLY) for one in frames) == 2 * 2 * (3 * 6 + 12 + 2)
+    assert not (folder / "own").exists()
+    seen = [one for one in read_recording(folder / "recordings" / "model-party") if one.training]
+    task = TaskSettings(label_names=("card", "money", "parcel"))
+    view = split_view(seen, plan=PartitionPlan(head_blocks=1, tail_blocks=1), num_blocks=4, task=task)
+    tokenizer = load_tokenizer(resolve_model(tiny_bert))
+    truth = read_truth(sorted((folder / "truth").iterdir()), seen, tokenizer)
+    assert len(view.exchanges) == 2 * 6  # every other of 12 steps
+    assert view.rows == len(truth.ids) == 96
+    words = ("card", "money", "parcel")
+    assert [truth.text(ids).split()[1] for ids in truth.ids] == [words[label] for label in truth.labels]
+    assert all(row_id.startswith("train-") for row_id in truth.row_ids)
+    assert Result.read(folder / "result.json").settings["record"] == "model-party, network"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -132,6 +163,8 @@ def test_default_data_has_planted_secrets_written_down(tmp_path, easy_rows):
         ({"body_mode": "parallel"}, "parallel"),
         ({"wire_dtype": "int3"}, "int3"),
         ({"resume": "never"}, "run-id"),
+        ({"record": "hubb"}, "the adversary to record is 'hubb'"),
+        ({"record": "hub", "record_every": 0}, "every is 0"),
     ],
 )
 def test_bad_settings_are_refused_before_training(tmp_path, easy_rows, tiny_bert, changes, message, monkeypatch):

@@ -19,7 +19,7 @@ from vflair_flower.attacks.registry import (
     run_attack,
 )
 from vflair_flower.attacks.surrogate import Surrogate, random_checkpoint
-from vflair_flower.attacks.view import Exchange, SplitView, split_view
+from vflair_flower.attacks.view import Exchange, NetworkFrame, NetworkView, SplitView, network_view, split_view
 
 __all__ = [
     "NOTHING",
@@ -32,6 +32,8 @@ __all__ = [
     "Knowledge",
     "LabelGuess",
     "MemberGuess",
+    "NetworkFrame",
+    "NetworkView",
     "Phase",
     "SplitView",
     "Surrogate",
@@ -41,6 +43,7 @@ __all__ = [
     "auxiliary_texts",
     "find_attack",
     "load_attacks",
+    "network_view",
     "random_checkpoint",
     "run_attack",
     "split_view",

@@ -17,6 +17,7 @@ from vflair_flower.partition.plan import Mode, PartitionPlan
 from vflair_flower.remote.protocol import BACKWARD, FORWARD, MODEL_PARTY, returned_name
 from vflair_flower.session import Sighting
 from vflair_flower.session.header import Kind
+from vflair_flower.session.ledger import Direction
 from vflair_flower.settings import TaskSettings
 
 
@@ -124,7 +125,7 @@ def split_view(
             continue
         stream = (seen.session, seen.party, seen.call_id)
         if seen.kind is Kind.CALL:
-            key = _key(seen)
+            key = exchange_key(seen)
             asked[stream] = key
             if seen.operation == FORWARD:
                 exchanges.setdefault(key, _Open(party=seen.source)).take_call(seen)
@@ -138,6 +139,65 @@ def split_view(
                 opened.hidden_grad = _copy(seen.tensors["grad"])
     whole = [one.close(plan.mode) for one in list(exchanges.values())[:limit]]
     return SplitView(plan=plan, num_blocks=num_blocks, task=task, exchanges=tuple(whole))
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkFrame:
+    """One frame as somebody on an encrypted line sees it.
+
+    Parameters
+    ----------
+    time_s : float
+        When; of a clock with any beginning.
+    direction : {"up", "down"}
+        Up leaves the party, towards the hub.
+    party : str
+        Whose line it was on.
+    num_bytes : int
+        How long it was.
+    """
+
+    time_s: float
+    direction: Direction
+    party: str
+    num_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkView:
+    """What an observer of the network saw: when how many bytes went which way, and nothing of what they were.
+
+    Parameters
+    ----------
+    frames : tuple of NetworkFrame
+        In the order of time.
+    """
+
+    frames: tuple[NetworkFrame, ...]
+
+    def __post_init__(self) -> None:
+        if not self.frames:
+            raise DataError("the observer saw no frame, so there is nothing to attack. Record a session with some.")
+
+
+def network_view(sightings: Iterable[Sighting]) -> NetworkView:
+    """Put together what an observer of the network saw.
+
+    Parameters
+    ----------
+    sightings : iterable of Sighting
+        Of one session or several; all but time, direction, party and size is left out.
+
+    Raises
+    ------
+    DataError
+        There are none.
+    """
+    frames = [
+        NetworkFrame(time_s=seen.time_s, direction=seen.direction, party=seen.party, num_bytes=seen.num_bytes)
+        for seen in sightings
+    ]
+    return NetworkView(frames=tuple(sorted(frames, key=lambda frame: frame.time_s)))
 
 
 @dataclass(kw_only=True)
@@ -187,7 +247,8 @@ class _Open:
         )
 
 
-def _key(seen: Sighting) -> tuple[str, ...]:
+def exchange_key(seen: Sighting) -> tuple[str, ...]:
+    """Return what all forward and backward calls of one exchange have in common: session, party and number."""
     meta: Mapping[str, object] = seen.meta
     what = ("cache", meta["cache"]) if "cache" in meta else ("call", meta.get("call", ""))
     return (seen.session, seen.source, *map(str, what))

@@ -3,7 +3,7 @@
 Invariants: a call ends at the latest at the link's deadline; an answer that comes later belongs to no one.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -44,6 +44,8 @@ class ExpertCaller:
         """Tokens, padding counted, that went through the model so far."""
         self.lost: dict[str, str] = {}
         """Hosts that did not answer well, and what was seen; they are not asked again."""
+        self.watch: Callable[[int, Portion], None] | None = None
+        """Told the number and the portion of every forward call before it leaves."""
         self._link, self._own, self._placement = link, own, placement
         self._settings = spec.experts
         self._codec = Codec(spec)
@@ -94,6 +96,8 @@ class ExpertCaller:
             if self.combine == "host":
                 tensors["weight"] = weight_R[portion.rows_N].to("cpu", torch.float32)
             asked[portion.host] = (tensors, {"layer": portion.layer, "call": self._calls, "keep": keep})
+            if self.watch is not None:
+                self.watch(self._calls, portion)
         replies = self._ask(FORWARD, asked)
         answers = []
         for portion in portions:
@@ -198,6 +202,7 @@ class ExpertCaller:
                     rows_N=rows_N,
                     expert_N=expert_R[rows_N],
                     token_N=token_N,
+                    tokens_U=tokens_U,
                     first_U=first_U,
                     rank_N=here_RC[rows_N].long().argmax(-1),
                 )

@@ -36,6 +36,8 @@ class Portion:
         Integer: their experts, ascending.
     token_N : torch.Tensor
         Integer: which of the U tokens each row is.
+    tokens_U : torch.Tensor
+        Integer: the places of these tokens among all of the layer's, ascending.
     first_U : torch.Tensor
         Integer: for each token, the place among all R rows of one of its rows.
     rank_N : torch.Tensor
@@ -47,6 +49,7 @@ class Portion:
     rows_N: Tensor
     expert_N: Tensor
     token_N: Tensor
+    tokens_U: Tensor
     first_U: Tensor
     rank_N: Tensor
 

@@ -13,6 +13,7 @@ from vflair_flower.session.hub import Hub
 from vflair_flower.session.hub_session import HubSession
 from vflair_flower.session.ledger import Ledger, LedgerEntry
 from vflair_flower.session.link import Link, connect
+from vflair_flower.session.recording import Recorded, Recorder, RecordingSettings, read_recording
 from vflair_flower.session.sighting import Sighting, Tap
 
 __all__ = [
@@ -26,6 +27,9 @@ __all__ = [
     "Link",
     "LinkEmulation",
     "OperationSpec",
+    "Recorded",
+    "Recorder",
+    "RecordingSettings",
     "Reply",
     "Request",
     "Sighting",
@@ -33,4 +37,5 @@ __all__ = [
     "TensorSpec",
     "TlsServerFiles",
     "connect",
+    "read_recording",
 ]

@@ -38,6 +38,7 @@ from vflair_flower.session.frame import Frame, FrameAssembler, Parcel, pack
 from vflair_flower.session.grpc_plane import GrpcWire, is_loopback
 from vflair_flower.session.header import Kind, Meta
 from vflair_flower.session.ledger import Ledger
+from vflair_flower.session.sighting import Tap, of_frame, of_parcel
 from vflair_flower.session.transport import INPROC_PREFIX, Hello, InprocPlane, Wire
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,7 @@ def connect(
     connect_timeout_s: float = 30.0,
     root_certificates: bytes | None = None,
     allow_plaintext: bool = False,
+    tap: Tap | None = None,
 ) -> "Link":
     """Join a session.
 
@@ -77,6 +79,8 @@ def connect(
         None dials in plain text, which is refused beyond loopback.
     allow_plaintext : bool
         Whether to dial beyond loopback in plain text, for instance inside an encrypted tunnel.
+    tap : Tap | None
+        Sees every frame of this link as the party does (`vflair_flower.session.sighting`).
 
     Raises
     ------
@@ -102,7 +106,7 @@ def connect(
                 "root_certificates, or allow_plaintext=True inside a tunnel that encrypts."
             )
         wire = GrpcWire.dial(address, hello, timeout_s=connect_timeout_s, root_certificates=root_certificates)
-    return Link(wire, session=session, party=party, agreement=agreement, deadline_s=deadline_s)
+    return Link(wire, session=session, party=party, agreement=agreement, deadline_s=deadline_s, tap=tap)
 
 
 class Link:
@@ -119,13 +123,23 @@ class Link:
         What crossed on this link.
     """
 
-    def __init__(self, wire: Wire, *, session: str, party: str, agreement: Agreement, deadline_s: float) -> None:
+    def __init__(
+        self,
+        wire: Wire,
+        *,
+        session: str,
+        party: str,
+        agreement: Agreement,
+        deadline_s: float,
+        tap: Tap | None = None,
+    ) -> None:
         self.session = session
         self.party = party
         self.agreement = agreement
         self.deadline_s = deadline_s
         self.ledger = Ledger()
         self._wire = wire
+        self._tap = tap
         self._calls = CallTable(agreement.max_calls_in_flight)
         self._desk = Desk(f"vflair-link-{party}", agreement)
         self._lock = threading.Lock()
@@ -323,6 +337,17 @@ class Link:
                         header=assembler.header,
                         overhead_bytes=assembler.overhead_bytes,
                     )
+                    if self._tap is not None:
+                        self._tap(
+                            of_frame(
+                                frame,
+                                assembler.header,
+                                session=self.session,
+                                party=self.party,
+                                direction="down",
+                                overhead_bytes=assembler.overhead_bytes,
+                            )
+                        )
                     self._take(frame)
                 del frame  # it holds tensors, and the next chunk may be long in coming
         except SessionError as seen:
@@ -400,6 +425,8 @@ class Link:
 
     def _send(self, parcel: Parcel, *, timeout_s: float | None = None, urgent: bool = False) -> None:
         header, overhead_bytes = parcel.header, parcel.overhead_bytes
+        if self._tap is not None:
+            self._tap(of_parcel(parcel, session=self.session, party=self.party, direction="up"))
 
         def record() -> None:
             self.ledger.record_frame(
