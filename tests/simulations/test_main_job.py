@@ -10,15 +10,18 @@ import torch
 from flwr.app import Context, RecordDict
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
+from typer.testing import CliRunner
 
 import simulations.client_app
 import simulations.server_app
+from simulations.audit.settings import AuditSettings
 from simulations.jobs import read_job
 from simulations.local_grid import LocalGrid
 from simulations.moe.settings import MoeSettings
 from simulations.settings import JobSettings
 from vflair_flower.attacks import network_view, split_view
 from vflair_flower.attacks.truth_log import read_truth
+from vflair_flower.cli import app as cli
 from vflair_flower.errors import CheckpointError, ConfigurationError
 from vflair_flower.partition import PartitionPlan, load_tokenizer, resolve_model
 from vflair_flower.report import Result
@@ -145,6 +148,12 @@ def test_job_records_what_adversaries_saw_and_parties_the_truth(tmp_path, easy_r
     assert [truth.text(ids).split()[1] for ids in truth.ids] == [words[label] for label in truth.labels]
     assert all(row_id.startswith("train-") for row_id in truth.row_ids)
     assert Result.read(folder / "result.json").settings["record"] == "model-party, network"
+    asked = ["audit", str(folder), "--attacks", "vmi:steps=30", "--epochs", "recorded end", "--rows", "16", "--json"]
+    found = CliRunner().invoke(cli, asked)
+    assert found.exit_code == 0, found.output
+    recorded = {row["epoch"]: row for row in map(json.loads, found.stdout.splitlines())}["recorded"]
+    assert recorded["n"] == 16
+    assert recorded["metrics"]["position_accuracy"] > 0.8
 
 
 @pytest.mark.parametrize(
@@ -189,9 +198,11 @@ def test_settings_know_every_key_of_the_run_configuration():
     known = defaults()
     moe = {f.name.replace("_", "-") for f in dataclasses.fields(MoeSettings)}
     split = JobSettings.from_run_config(known).to_flat()
-    assert split.keys() | moe | {"job"} == known.keys()
+    audit = {f.name.replace("_", "-") for f in dataclasses.fields(AuditSettings)}
+    assert split.keys() | moe | audit | {"job"} == known.keys()
     assert all(known[name] == value for name, value in split.items())
     assert isinstance(read_job(known), JobSettings)
     assert isinstance(read_job({**known, "job": "moe"}), MoeSettings)
+    assert isinstance(read_job({**known, "job": "audit"}), AuditSettings)
     with pytest.raises(ConfigurationError, match="job is 'magic'"):
         read_job({**known, "job": "magic"})

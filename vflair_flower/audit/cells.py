@@ -19,8 +19,9 @@ from vflair_flower.partition import Mode, PartitionPlan
 from vflair_flower.report import AuditRow, Interval, Sentence
 from vflair_flower.settings import one_of
 
-EPOCHS = ("start", "end")
-"""Before the first step, and after the last."""
+RECORDED = "recorded"
+EPOCHS = ("start", "end", RECORDED)
+"""Before the first step, after the last, or as the model party saw the run itself (`docs/recording.md`)."""
 OWN, ALL = "own", "all"
 NO_DEFENCE = "none"
 
@@ -40,7 +41,7 @@ class Cell:
     knowledge : str
         Of the parts that it does not hold: ``"exact"``, ``"public"`` or ``"architecture"``.
     epoch : str
-        ``"start"`` or ``"end"`` of training.
+        ``"start"`` or ``"end"`` of training, or ``"recorded"``: during the run itself.
     defence : str
         What was done against it; ``"none"``.
     seed : int
@@ -166,7 +167,7 @@ class GridSettings:
     knowledge : str
         Of ``exact``, ``public`` and ``architecture``.
     epochs : str
-        Of ``start`` and ``end``.
+        Of ``start``, ``end`` and ``recorded``.
     seeds : str
         Numbers.
 
@@ -237,6 +238,9 @@ def cells_of(settings: GridSettings, subject: Subject) -> list[Cell]:
         for plan in chosen:
             for knowledge in _words(settings.knowledge):
                 for epoch in _words(settings.epochs):
+                    if epoch == RECORDED and (plan != own or not cut_matters):
+                        reasons[which.name] = "a recording is of what the model party saw, at the run's own cut"
+                        continue
                     for seed in _words(settings.seeds):
                         cells.add(
                             Cell(

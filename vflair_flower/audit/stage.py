@@ -6,12 +6,25 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from vflair_flower.attacks import HeadKnowledge, Knowledge, Surrogate, auxiliary_texts, random_checkpoint
+from vflair_flower.attacks import (
+    HeadKnowledge,
+    Knowledge,
+    Phase,
+    SplitView,
+    Surrogate,
+    auxiliary_texts,
+    random_checkpoint,
+    split_view,
+)
 from vflair_flower.attacks.rehearsal import rehearse
 from vflair_flower.attacks.scoring import Truth
-from vflair_flower.audit.cells import Cell, parse_cut
+from vflair_flower.attacks.truth_log import read_truth
+from vflair_flower.audit.cells import RECORDED, Cell, parse_cut
 from vflair_flower.audit.subject import Subject
+from vflair_flower.errors import DataError
 from vflair_flower.partition import ModelSource, PartitionPlan
+from vflair_flower.remote.protocol import MODEL_PARTY
+from vflair_flower.session import read_recording
 from vflair_flower.tasks import encode_task, padding_token_id
 
 
@@ -49,6 +62,14 @@ def staged(subject: Subject, cell: Cell, *, device: torch.device | str = "cpu") 
     """
     plan = parse_cut(cell.cut)
     victim = subject.source(cell.epoch)
+    view, truth = _recorded(subject, cell, plan) if cell.epoch == RECORDED else _rehearsed(subject, cell, plan, victim)
+    with ExitStack() as stack:
+        source = _known(subject, cell, victim, stack)
+        knows = _knowledge(subject, cell, plan, source, victim, truth, device)
+        yield Stage(view=view, knows=knows, truth=truth)
+
+
+def _rehearsed(subject: Subject, cell: Cell, plan: PartitionPlan, victim: ModelSource) -> tuple[SplitView, Truth]:
     rehearsal = rehearse(
         victim,
         replace(subject.spec, plan=plan),
@@ -58,10 +79,25 @@ def staged(subject: Subject, cell: Cell, *, device: torch.device | str = "cpu") 
         batch_rows=subject.spec.training.batch_size,
         secrets=subject.secrets,
     )
-    with ExitStack() as stack:
-        source = _known(subject, cell, victim, stack)
-        knows = _knowledge(subject, cell, plan, source, victim, rehearsal.truth, device)
-        yield Stage(view=rehearsal.view, knows=knows, truth=rehearsal.truth)
+    return rehearsal.view, rehearsal.truth
+
+
+def _recorded(subject: Subject, cell: Cell, plan: PartitionPlan) -> tuple[SplitView, Truth]:
+    """Return what the model party saw in the run itself, and what the data parties wrote down of it."""
+    folder, truth = subject.folder / "recordings" / MODEL_PARTY, subject.folder / "truth"
+    if not folder.is_dir() or not truth.is_dir():
+        raise DataError(
+            f"{subject.folder} has no recording of what the model party saw, with the truth behind it. Record a run "
+            f"(record='{MODEL_PARTY}'), or attack epochs 'start' and 'end', which need none."
+        )
+    if cell.which.during is Phase.GENERATION:
+        raise DataError(f"attack {cell.which.name!r} is on what is written, and a recorded job writes nothing.")
+    # Evaluations are left out: they are of the very rows that the adversary has as its own.
+    seen = [one for one in read_recording(folder) if one.training]
+    limit = max(1, subject.rows // subject.spec.training.batch_size)
+    view = split_view(seen, plan=plan, num_blocks=subject.num_blocks, task=subject.spec.task, limit=limit)
+    known = read_truth(sorted(truth.iterdir()), seen, subject.tokenizer, limit=limit, secrets=subject.secrets)
+    return view, known
 
 
 def _known(subject: Subject, cell: Cell, victim: ModelSource, stack: ExitStack) -> ModelSource:
@@ -85,6 +121,8 @@ def _knowledge(
     task = subject.spec.task
     tokenizer = subject.tokenizer
     encoded = encode_task(task.kind, subject.auxiliary(), tokenizer, max_tokens=subject.spec.training.max_tokens)
+    attacked = {tuple(ids.tolist()) for ids in truth.ids}  # a text may stand in both splits
+    encoded = [row for row in encoded if tuple(row.input_ids) not in attacked]
     # Another classifier than the victim's, where the checkpoint has none: nobody shared the job's seed with it.
     seed = subject.spec.seed if cell.knowledge == HeadKnowledge.EXACT else 2_000_003 + cell.seed
     return Knowledge(

@@ -133,8 +133,8 @@ class Subject:
         self.trained()
 
     def source(self, epoch: str) -> ModelSource:
-        """Return the victim's model at an epoch: ``"start"`` or ``"end"``."""
-        return self.trained() if epoch == "end" else self.public
+        """Return the victim's model at an epoch; of a recorded run the one at its end."""
+        return self.public if epoch == "start" else self.trained()
 
     def victims(self, seed: int, count: int | None = None) -> list[Example]:
         """Return texts that were trained on, drawn by a seed; those with planted secrets first."""
