@@ -32,7 +32,6 @@ from vflair_flower.partition import ModelSource, PartitionPlan, resolve_model
 from vflair_flower.settings import TaskKind, TaskSettings
 
 TINY = "tiny-llama"
-_TINY_LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 _MIB = 2**20
 
 
@@ -124,7 +123,10 @@ def _source(name: str) -> Iterator[ModelSource]:
         yield resolve_model(name)
         return
     with tempfile.TemporaryDirectory() as folder:
-        LlamaConfig(**_TINY_LLAMA, vocab_size=512, num_key_value_heads=4).save_pretrained(folder)
+        config = LlamaConfig(
+            vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
+        )
+        config.save_pretrained(folder)
         with random_checkpoint(ModelSource(name=TINY, location=folder), _task(TINY), seed=0) as source:
             yield source
 

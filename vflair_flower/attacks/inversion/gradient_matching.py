@@ -1,8 +1,9 @@
 """The backward half of BiSR: labels whose gradient at the upper cut is the one that came up; of a causal model, text.
 
-B rows, T tokens, D hidden, V vocabulary.  The model party knows what it answered and the gradient of the party's loss by
-it.  The loss is a cross-entropy, so with a copy of the tail the gradient is J^T (p - y) / N: p the tail's probabilities,
-y the labels, N how many labels count in the batch.  It is linear in the soft labels, and each row has its own.
+B rows, T tokens, D hidden, V vocabulary.  The model party knows what it answered and the gradient of the party's loss
+by it.  The loss is a cross-entropy, so with a copy of the tail the gradient is J^T (p - y) / N: p the tail's
+probabilities, y the labels, N how many labels count in the batch.  It is linear in the soft labels, and no row's
+gradient holds another row's label.
 """
 
 import torch

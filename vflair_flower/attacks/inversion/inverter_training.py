@@ -101,7 +101,7 @@ def _noisy(hidden_BTD: Tensor, level: float) -> Tensor:
 
 
 def _drawn_level(levels: list[float]) -> float:
-    """Draw an amount of noise: none half of the time, seldom twice the most, else between the experts' least and most."""
+    """Draw an amount of noise: none half of the time, else mostly between the experts' least and most."""
     drawn = float(torch.rand(()))
     if drawn < 4 / 8:
         return 0.0

@@ -91,7 +91,7 @@ def vmi(
 
 
 Choose = Callable[[Tensor, Tensor], Tensor]
-"""Makes choices of tokens, int64 [B', T, K], of what was optimised for some rows, [B', T, ...], and their places [B']."""
+"""Makes choices of tokens, int64 [B', T, K], of some rows' optimised numbers [B', T, ...] and their places [B']."""
 
 
 def invert(
