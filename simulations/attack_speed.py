@@ -104,7 +104,7 @@ def compare(
             attention_mask_BT=exchange.attention_mask_BT[places],
         )
         view = SplitView(plan=plan, num_blocks=knows.surrogate.num_blocks, task=task, exchanges=(part,))
-        settings = {"steps": steps, "batch_rows": batch_rows, "tolerance": 0.0}
+        settings = {"steps": steps, "batch_rows": batch_rows, "tolerance": 0.0, "choices": 1}
         return run_attack(find_attack("vmi"), view, knows, settings=settings)
 
     run(slice(0, 2), 2, 2)  # the first call of everything is slow

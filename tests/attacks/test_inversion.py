@@ -27,8 +27,8 @@ QUICK_SIP = {"inverter": "linear", "epochs": 2, "texts": 200}
 QUICK_BISR = {"inverter": "linear", "epochs": 1, "texts": 100, "label_steps": 30}
 # The shares of positions to be read.  At one block a state is its token's embedding plus what one block adds, so the
 # nearest embedding is nearly always right: MiniLM's rows were read without a mistake by every attack, and of
-# stories260K's positions VMI missed less than one in a thousand.  RMI optimises 30,522 numbers for each place of MiniLM,
-# and VMI 384: hence few rows there.
+# stories260K's positions VMI missed less than one in a thousand.  RMI optimises 30,522 numbers for each place of
+# MiniLM, and VMI 384: hence few rows there.
 QUICK = {"vmi": {}, "sip": QUICK_SIP, "bisr": QUICK_BISR, "rmi": {"memory_mib": 256}}
 
 

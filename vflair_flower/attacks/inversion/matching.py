@@ -52,3 +52,10 @@ def likely_tokens(embeds_BTD: Tensor, table_VD: Tensor, choices: int) -> Tensor:
     directions_DV = normalize(table_VD, dim=-1).T
     found = [(embeds_TD @ directions_DV).topk(min(choices, len(table_VD)), dim=-1).indices for embeds_TD in embeds_BTD]
     return torch.stack(found)
+
+
+def forbid(scores_BTV: Tensor, tokens: frozenset[int]) -> Tensor:
+    """Return the scores with those of some tokens at minus infinity."""
+    if not tokens:
+        return scores_BTV
+    return scores_BTV.index_fill(-1, torch.tensor(sorted(tokens), device=scores_BTV.device), float("-inf"))

@@ -8,7 +8,7 @@ Invariant: a row's distance from what was seen never grows.
 import torch
 from torch import Tensor
 
-from vflair_flower.attacks.inversion.matching import row_distances, token_distances
+from vflair_flower.attacks.inversion.matching import token_distances
 from vflair_flower.attacks.inversion.rows import Rows
 from vflair_flower.attacks.surrogate import Surrogate
 
@@ -64,13 +64,6 @@ def settle(
         ids_BT[todo[better_B]] = best_BT[better_B]
         apart_BT[todo[better_B]] = together_BT[better_B]
     return ids_BT, (apart_BT < tolerance).all(-1)
-
-
-def row_errors(surrogate: Surrogate, rows: Rows, ids_BT: Tensor, loss: str) -> Tensor:
-    """Return how far the states of rows of tokens are from what was seen, float [B]."""
-    with torch.no_grad():
-        hidden_BTD = surrogate.head_of_ids(ids_BT, rows.mask_BT, rows.positions_BT)
-    return row_distances(hidden_BTD, rows.hidden_BTD, rows.mask_BT, loss)
 
 
 def _apart(surrogate: Surrogate, rows: Rows, ids_BT: Tensor, loss: str) -> Tensor:
