@@ -95,7 +95,7 @@ def bisr(
             table_VD[best_BT],
             _choose(near_choices(table_VD, choices, knows.special_ids), best_BT, ids_BTK),
             steps=steps,
-            rate=rate * root_mean_square(table_VD),
+            step_size=rate * root_mean_square(table_VD),
             loss=loss,
             tolerance=tolerance,
             look_first=True,

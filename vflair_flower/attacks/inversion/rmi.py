@@ -77,7 +77,7 @@ def rmi(
             choose,
             embed=embed,
             steps=steps,
-            rate=rate,
+            step_size=rate,
             loss=loss,
             tolerance=tolerance,
         )

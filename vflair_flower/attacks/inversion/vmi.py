@@ -81,7 +81,7 @@ def vmi(
             start_BTD,
             choose,
             steps=steps,
-            rate=rate * root_mean_square(table_VD),
+            step_size=rate * root_mean_square(table_VD),
             loss=loss,
             tolerance=tolerance,
         )
@@ -98,11 +98,11 @@ def invert(
     surrogate: Surrogate,
     rows: Rows,
     start: Tensor,
-    choose: Choose,
+    choose: Choose | None = None,
     *,
     embed: Callable[[Tensor], Tensor] | None = None,
     steps: int,
-    rate: float,
+    step_size: float,
     loss: str,
     tolerance: float,
     look_first: bool = False,
@@ -115,18 +115,19 @@ def invert(
         What is compared.
     start : Tensor
         Float [B, T, ...], the numbers to begin with.
-    choose : callable
-        See `Choose`.
+    choose : callable, optional
+        See `Choose`; without it the nearest token of an embedding is taken.
     embed : callable, optional
         Makes embeddings [B', T, D] of the numbers; without it they are embeddings.
-    rate : float
-        Adam's step size at first, as it is.
+    step_size : float
+        Adam's at first, as it is; falls to 0.
     steps, loss, tolerance
         As in `vmi`.
     look_first : bool
         Whether rows may be found at the start, without a step.
     """
-    descent = RowDescent(start, rate=rate, steps=max(1, steps))
+    choose = choose or near_choices(surrogate.embedding, 1, frozenset())
+    descent = RowDescent(start, rate=step_size, steps=max(1, steps))
     ids_BT = torch.zeros_like(rows.mask_BT)
     left_B = torch.arange(len(rows.places), device=rows.mask_BT.device)
     open_rows = rows
