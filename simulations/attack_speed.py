@@ -59,8 +59,8 @@ def main(
     columns = ("model", "at once, s", "one by one, s", "ratio", "ratio of CPU time", "memory at once", "one by one")
     table = Table(*columns)
     for name in model or [TINY, "minilm-l6"]:
-        with _source(name) as source:
-            together, alone = compare(source, _task(name), rows=rows, steps=steps, tokens=tokens, turns=turns)
+        with source_of(name) as source:
+            together, alone = compare(source, task_of(name), rows=rows, steps=steps, tokens=tokens, turns=turns)
         at_once, one_by_one = together.seconds / turns, alone.seconds
         cpu_ratio = alone.cpu_seconds / together.cpu_seconds * turns
         cells = (f"{at_once:.2f}", f"{one_by_one:.2f}", f"{one_by_one / at_once:.1f}", f"{cpu_ratio:.1f}")
@@ -131,7 +131,8 @@ def compare(
 
 
 @contextmanager
-def _source(name: str) -> Iterator[ModelSource]:
+def source_of(name: str) -> Iterator[ModelSource]:
+    """Give a model by its name or folder; the tiny one is made here, with random weights."""
     if name != TINY:
         yield resolve_model(name)
         return
@@ -140,11 +141,12 @@ def _source(name: str) -> Iterator[ModelSource]:
             vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4
         )
         config.save_pretrained(folder)
-        with random_checkpoint(ModelSource(name=TINY, location=folder), _task(TINY), seed=0) as source:
+        with random_checkpoint(ModelSource(name=TINY, location=folder), task_of(TINY), seed=0) as source:
             yield source
 
 
-def _task(name: str) -> TaskSettings:
+def task_of(name: str) -> TaskSettings:
+    """Return what a model is run as."""
     if name == "minilm-l6":
         return TaskSettings(label_names=("negative", "positive"))
     return TaskSettings(kind=TaskKind.CAUSAL_LM)
