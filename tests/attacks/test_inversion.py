@@ -30,12 +30,12 @@ QUICK_BISR = {"inverter": "linear", "epochs": 1, "texts": 100, "label_steps": 30
 # nearest embedding is nearly always right: MiniLM's rows were read without a mistake by every attack, and of
 # stories260K's positions VMI missed less than one in a thousand.  RMI optimises 30,522 numbers for each place of
 # MiniLM, and VMI 384: hence few rows there.
+QUICK = {"vmi": {}, "sip": QUICK_SIP, "bisr": QUICK_BISR, "rmi": {"memory_mib": 256}}
 NEGATIVE = [
     *((model, name) for model in ("minilm", "stories") for name in ("vmi", "sip")),
     ("stories", "bisr"),
     pytest.param("minilm", "bisr", marks=pytest.mark.slow),
 ]
-QUICK = {"vmi": {}, "sip": QUICK_SIP, "bisr": QUICK_BISR, "rmi": {"memory_mib": 256}}
 
 
 @pytest.fixture(params=["minilm", "stories"])
