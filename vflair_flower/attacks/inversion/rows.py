@@ -34,6 +34,19 @@ class Rows:
     mask_BT: Tensor
     positions_BT: Tensor
 
+    def take(self, kept: Tensor) -> "Rows":
+        """Return some of the rows, named by their places in this batch (int64)."""
+        return Rows(
+            places=tuple(self.places[int(row)] for row in kept),
+            hidden_BTD=self.hidden_BTD[kept],
+            mask_BT=self.mask_BT[kept],
+            positions_BT=self.positions_BT[kept],
+        )
+
+    def split(self, ids_BT: Tensor) -> list[Tensor]:
+        """Return each row's own tokens, without padding, on the CPU."""
+        return [ids[mask.bool()] for ids, mask in zip(ids_BT.cpu(), self.mask_BT.cpu(), strict=True)]
+
 
 def batches_of(view: SplitView, rows: int, *, device: torch.device | str = "cpu") -> Iterator[Rows]:
     """Yield all rows of a view in batches of at most `rows`, rows of like length together."""
