@@ -32,7 +32,7 @@ class Matching:
     """
 
     steps: int = 200
-    rate: float = 0.1
+    rate: float = 0.3
     temperature: float = 1.0
     squared: float = 0.75
 
@@ -45,6 +45,28 @@ class Matching:
             )
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Matched:
+    """What was found.
+
+    Parameters
+    ----------
+    labels : Tensor
+        The soft labels q, [..., C].
+    shares : Tensor
+        [...], as they were given, or as they were found.
+    logits : Tensor
+        Z, from which a further search can start.
+    loss_G : Tensor
+        How far off each group's gradient is, relative to itself.
+    """
+
+    labels: Tensor
+    shares: Tensor
+    logits: Tensor
+    loss_G: Tensor
+
+
 def match_labels(
     pull: Callable[[Tensor], Tensor],
     observed_GM: Tensor,
@@ -54,7 +76,7 @@ def match_labels(
     matching: Matching,
     start: Tensor | None = None,
     shares_known: bool = True,
-) -> Tensor:
+) -> Matched:
     """Return soft labels whose gradient is the one that was seen.
 
     Parameters
@@ -77,8 +99,8 @@ def match_labels(
 
     Returns
     -------
-    Tensor
-        The gradient that was found by the logits without its shares, q - p, [..., C]: largest at the label.
+    Matched
+        What was found at the last step.
     """
     soft = (torch.zeros_like(probabilities) if start is None else start.detach().clone()).requires_grad_()
     log_shares = torch.zeros_like(shares).requires_grad_(not shares_known)
@@ -99,4 +121,7 @@ def match_labels(
             log_shares.grad = gradients[1]
         optimizer.step()
         schedule.step()
-    return (soft.detach() / matching.temperature).softmax(-1) - probabilities
+    labels = (soft.detach() / matching.temperature).softmax(-1)
+    return Matched(
+        labels=labels, shares=shares * log_shares.detach().exp(), logits=soft.detach(), loss_G=loss_G.detach()
+    )

@@ -27,7 +27,7 @@ from vflair_flower.attacks.view import Exchange, SplitView
     "label-gradient-matching",
     goal=Goal.LABELS,
     sees=SplitView,
-    paper="the backward half of BiSR, Chen et al., CCS 2024, arXiv 2409.00960, and GMA-SL of the Gradient Mirage paper; "
+    paper="the backward half of BiSR, Chen et al., CCS 2024, arXiv 2409.00960 (GMA-SL, where Gradient Mirage is from); "
     "distances are relative to what was seen, and how many tokens the loss is the mean of is found, not given",
     during=Phase.TRAINING,
     kinds=CLASSIFIES_OR_WRITES,
@@ -38,10 +38,10 @@ def label_gradient_matching(
     *,
     seed: int = 0,
     steps: int = 200,
-    rate: float = 0.1,
+    rate: float = 0.3,
     temperature: float = 1.0,
     squared: float = 0.75,
-    floor: float = 0.1,
+    floor: float = 0.3,
 ) -> LabelGuess | TextGuess:
     """Optimise soft labels until the tail's gradient by the answer is the one that came up.
 
@@ -53,7 +53,7 @@ def label_gradient_matching(
         See `vflair_flower.attacks.labels.gradient_matching.Matching`.
     floor : float
         Of a language model: tokens whose share of the loss is found smaller than this, relative to the batch's median,
-        count as not asked.
+        count as not asked.  A second search, with equal shares for all others, then begins where the first ended.
     """
     matching = Matching(steps=steps, rate=rate, temperature=temperature, squared=squared)
     return guess_of(view, [_labels(knows.surrogate, exchange, matching, floor) for exchange in view.exchanges])
@@ -62,23 +62,29 @@ def label_gradient_matching(
 def _labels(surrogate: Surrogate, exchange: Exchange, matching: Matching, floor: float) -> Tensor:
     run = tail_pass(surrogate, exchange)
     observed = answer_grad(exchange).to(surrogate.device)
-    rows, classifies = exchange.rows, surrogate.task.kind.reads_whole_texts
-    if classifies:
-        shares = torch.full_like(run.logits[..., 0], 1 / rows).detach()
-    else:
-        asked_BT = can_be_asked(exchange, surrogate.task.kind).to(surrogate.device)
-        shares = asked_BT / asked_BT.sum()
+    observed_BM = observed.reshape(exchange.rows, -1)
+    expected = run.logits.detach().softmax(-1)
 
     def pull(logits_grad: Tensor) -> Tensor:
-        return run.pull(logits_grad, twice=True).reshape(rows, -1)
+        return run.pull(logits_grad, twice=True).reshape(observed_BM.shape)
 
     with twice_differentiable():
-        towards = match_labels(
+        if surrogate.task.kind.reads_whole_texts:
+            shares_B = torch.full_like(expected[:, 0], 1 / exchange.rows)
+            return match_labels(pull, observed_BM, expected, shares=shares_B, matching=matching).labels.argmax(-1)
+        asked_BT = can_be_asked(exchange, surrogate.task.kind).to(surrogate.device) & (observed.norm(dim=-1) > 0)
+        # From the model's own prediction: a token that is not asked then stays where it makes no gradient.
+        first = match_labels(
             pull,
-            observed.reshape(rows, -1),
-            run.logits.detach().softmax(-1),
-            shares=shares,
+            observed_BM,
+            expected,
+            shares=asked_BT / asked_BT.sum().clamp_min(1),
             matching=matching,
-            shares_known=classifies,
+            start=run.logits,
+            shares_known=False,
         )
-    return towards.argmax(-1) if classifies else towards.argmax(-1).where(asked_BT, NOTHING)
+        if bool(asked_BT.any()):
+            asked_BT &= first.shares > floor * first.shares[asked_BT].median()
+        shares_BT = asked_BT / asked_BT.sum().clamp_min(1)
+        second = match_labels(pull, observed_BM, expected, shares=shares_BT, matching=matching, start=first.logits)
+    return second.labels.argmax(-1).where(asked_BT, NOTHING)
