@@ -119,7 +119,7 @@ def completed(
                     answer, mask_BT, labels = seen[place]
                     logits = pooled(surrogate.tail(answer, mask_BT), mask_BT, surrogate.task)
                     optimizer.zero_grad()
-                    cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED).backward()  # type: ignore[no-untyped-call]
+                    cross_entropy(logits.flatten(0, -2), labels.flatten(), ignore_index=IGNORED).backward()
                     optimizer.step()
         yield
     finally:
