@@ -304,7 +304,7 @@ def main_metric(goal: Goal, figures: Sequence[str]) -> str:
     """Return the metric that a cell is shown by."""
     wanted = {
         Goal.TEXT: ("position_accuracy", "token_f1"),
-        Goal.LABELS: ("label_accuracy", "auc"),
+        Goal.LABELS: ("label_accuracy", "auc", "position_accuracy"),  # a language model's labels are text
         Goal.MEMBERS: ("auc",),
     }[goal]
     return next((name for name in wanted if name in figures), wanted[0])
