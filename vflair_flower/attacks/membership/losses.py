@@ -118,10 +118,11 @@ def _read(output: Any, batch: Batch, kind: TaskKind) -> Tensor:
     if kind is TaskKind.SEQUENCE_REGRESSION:
         numbers_B: Tensor = output.logits.squeeze(-1).double().cpu()
         return (numbers_B - batch.labels).square()
-    ends = [
-        cross_entropy(output[f"{end}_logits"].double().cpu(), batch.inputs[f"{end}_positions"], reduction="none")
-        for end in ("start", "end")
-    ]
+    ends = []
+    for end in ("start", "end"):
+        # transformers' own loss lets padding share in the probability, which would tell rows of other lengths apart.
+        logits_BT = output[f"{end}_logits"].double().cpu().masked_fill(~batch.attention_mask.bool(), float("-inf"))
+        ends.append(cross_entropy(logits_BT, batch.inputs[f"{end}_positions"], reduction="none"))
     return torch.stack(ends).mean(0)
 
 

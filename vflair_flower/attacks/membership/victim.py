@@ -37,7 +37,7 @@ class MemberRehearsal(NamedTuple):
     def base_rate(self) -> float:
         """The share of members among the candidates, which is the precision of a guess without looking."""
         assert self.truth.members is not None
-        return float(self.truth.members.float().mean())
+        return float(self.truth.members.double().mean())
 
 
 def member_rehearsal(
