@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from vflair_flower.errors import PartitionError
 from vflair_flower.partition import (
@@ -41,7 +42,7 @@ class _ReachedCut(Exception):  # noqa: N818 - no error: how a forward pass ends 
 
 
 class Surrogate:
-    """Head, body and tail of one checkpoint, each loaded when it is first used: float32, frozen, without dropout.
+    """Head, body, tail and whole of a checkpoint, each loaded when first used: float32, frozen, without dropout.
 
     Parameters
     ----------
@@ -141,6 +142,11 @@ class Surrogate:
     def body_model(self) -> nn.Module:
         """The body as a module."""
         return self._loaded_body.model
+
+    @cached_property
+    def whole(self) -> PreTrainedModel:
+        """The model in one piece."""
+        return self._load(Segment.whole(self.num_blocks)).model
 
     @cached_property
     def _head(self) -> LoadedSegment:

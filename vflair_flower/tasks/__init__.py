@@ -32,7 +32,7 @@ from vflair_flower.tasks.images import encode_images
 from vflair_flower.tasks.likelihood import Likelihood, likelihoods
 from vflair_flower.tasks.loading import load_rows, load_task
 from vflair_flower.tasks.masking import encode_texts, mask_tokens
-from vflair_flower.tasks.messages import account_is_valid, generate_messages
+from vflair_flower.tasks.messages import account_is_valid, generate_messages, made_up_secret
 from vflair_flower.tasks.metrics import (
     Interval,
     accuracy,
@@ -111,6 +111,7 @@ __all__ = [
     "load_rows",
     "load_task",
     "load_text_dataset",
+    "made_up_secret",
     "majority_accuracy",
     "mask_token_id",
     "mask_tokens",

@@ -103,6 +103,12 @@ def account_is_valid(account: str) -> bool:
     return match is not None and int("".join(match.groups())) % 97 == 1
 
 
+def made_up_secret(kind: SecretKind, rng: random.Random) -> str:
+    """Return a value of the kind and format of those that are planted; it may be one that stands in a message."""
+    makers = {"account": _account, "order": _order, "person": _person, "sum": _sum}
+    return makers[kind](rng)
+
+
 @dataclass(kw_only=True)
 class _Desk:
     """Where the messages arrive: remembers which texts and numbers are used, and which secrets stand where."""
@@ -130,7 +136,7 @@ class _Desk:
         makers: dict[str, Callable[[], str]] = {
             "account": lambda: self._unused(_account, rng),
             "order": lambda: self._unused(_order, rng),
-            "person": lambda: f"{_joined(wording.FIRST_SYLLABLES, rng)} {_joined(wording.LAST_SYLLABLES, rng)}",
+            "person": lambda: _person(rng),
             "sum": lambda: _sum(rng),
             "company": lambda: rng.choice(self.companies),
         }
@@ -261,6 +267,10 @@ def _sum(rng: random.Random) -> str:
     amount = rng.randrange(5, 900)
     cents = rng.choice(("", "", f".{rng.randrange(100):02d}"))
     return rng.choice((f"{amount}{cents} euros", f"€{amount}{cents}", f"{amount}{cents} EUR"))
+
+
+def _person(rng: random.Random) -> str:
+    return f"{_joined(wording.FIRST_SYLLABLES, rng)} {_joined(wording.LAST_SYLLABLES, rng)}"
 
 
 def _joined(syllables: Sequence[Sequence[str]], rng: random.Random) -> str:

@@ -1,1 +1,1 @@
-"""Membership inference: who was trained on, from the finished model."""
+"""Who was trained on: attacks on a finished model, and what one training run shows of its privacy."""
