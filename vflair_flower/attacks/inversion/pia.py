@@ -40,7 +40,7 @@ def pia(
     *,
     seed: int = 0,
     steps: int = 200,
-    rate: float = 0.05,
+    rate: float = 1.0,
     pull: float = 0.1,
     loss: str = "mse",
     candidates: int = 32,
@@ -97,7 +97,7 @@ def _soft(
     table_VE = surrogate.embedding
     scale = float(table_VE.square().mean())
     embeds_BTE = table_VE.mean(0).expand(*rows.hidden_BTD.shape[:2], -1).clone().requires_grad_()
-    optimizer = torch.optim.Adam([embeds_BTE], lr=rate * scale**0.5 / 0.05)
+    optimizer = torch.optim.Adam([embeds_BTE], lr=rate * scale**0.5)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     nearest_BT = nearest_tokens(embeds_BTE.detach(), table_VE)
     for step in range(steps):

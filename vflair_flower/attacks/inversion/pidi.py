@@ -14,7 +14,7 @@ from vflair_flower.attacks.inversion.matching import nearest_tokens, row_distanc
 from vflair_flower.attacks.inversion.prefixes import refuse_encoders
 from vflair_flower.attacks.inversion.proposals import Proposer
 from vflair_flower.attacks.inversion.rows import Rows, batches_of, in_order
-from vflair_flower.attacks.inversion.vmi import invert
+from vflair_flower.attacks.inversion.vmi import invert, root_mean_square
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, Phase, attack
 from vflair_flower.attacks.surrogate import Surrogate
@@ -44,7 +44,7 @@ def pidi(
     patch: int = 8,
     steps: int = 100,
     joint_steps: int = 60,
-    rate: float = 0.02,
+    rate: float = 0.4,
     loss: str = "mse",
     batch_rows: int = 32,
     tolerance: float = 1e-6,
@@ -91,8 +91,9 @@ def pidi(
         )
         if joint_steps and bool((_errors(surrogate, rows, ids_BT, rows.mask_BT) >= tolerance).any()):
             embeds_BTE = surrogate.embedding[ids_BT]
+            size = rate * root_mean_square(surrogate.embedding)
             moved_BT = invert(
-                surrogate, rows, embeds_BTE, steps=joint_steps, rate=rate / 4, loss=loss, tolerance=tolerance
+                surrogate, rows, embeds_BTE, steps=joint_steps, step_size=size / 4, loss=loss, tolerance=tolerance
             )
             ids_BT = _better(surrogate, rows, ids_BT, moved_BT)
         places += rows.places
@@ -192,7 +193,7 @@ def _patch(
     table_VE = surrogate.embedding
     fixed_BTE = table_VE[ids_BT]
     free_BTE = start_BTE.clone().requires_grad_()
-    optimizer = torch.optim.Adam([free_BTE], lr=rate * float(table_VE.square().mean().sqrt()) / 0.05)
+    optimizer = torch.optim.Adam([free_BTE], lr=rate * root_mean_square(table_VE))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
     best_BT, least_B = ids_BT, _errors(surrogate, rows, ids_BT, here_BT)
     for step in range(steps):
