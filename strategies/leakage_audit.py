@@ -58,8 +58,6 @@ class LeakageAudit:
     ------
     ConfigurationError
         No cell can be run, or a number is out of range.
-    CheckpointError
-        `folder` has cells of another run, or with other numbers of rows.
     """
 
     def __init__(self, *, subject: Subject, settings: GridSettings, folder: Path, cells_at_once: int = 1) -> None:

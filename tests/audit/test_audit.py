@@ -14,7 +14,7 @@ from vflair_flower.audit.cells import Cell
 from vflair_flower.audit.page import write_audit_page
 from vflair_flower.cli import app as cli
 from vflair_flower.clients import Auditor
-from vflair_flower.errors import CheckpointError, ConfigurationError
+from vflair_flower.errors import ConfigurationError
 from vflair_flower.strategies import LeakageAudit
 
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "audits.md"
@@ -118,6 +118,8 @@ class TestJob:
         (tmp_path / "cells.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:50])  # it broke off while writing
         again = LeakageAudit(subject=subject, settings=settings, folder=tmp_path)
         assert len(again.book.missing) == 2
+        again.start(self.grid(tmp_path))
+        assert not LeakageAudit(subject=subject, settings=settings, folder=tmp_path).book.missing
         page = write_audit_page(
             tmp_path / "report.html", subject, outcome.results, {"a cell": "<b>why</b>"}
         ).read_text()
@@ -125,11 +127,13 @@ class TestJob:
         assert "&lt;b&gt;why" in page
         assert "<script" not in page
 
-    def test_refuses_the_folder_of_another_audit(self, finished_run, tmp_path):
-        settings = GridSettings(attacks="vmi")
-        LeakageAudit(subject=Subject(run=str(finished_run), rows=4), settings=settings, folder=tmp_path)
-        with pytest.raises(CheckpointError, match="Take another folder"):
-            LeakageAudit(subject=Subject(run=str(finished_run), rows=5), settings=settings, folder=tmp_path)
+    def test_does_not_take_the_cells_of_another_audit(self, finished_run, tmp_path):
+        settings = GridSettings(attacks="vmi:steps=5")
+        first = LeakageAudit(subject=Subject(run=str(finished_run), rows=2), settings=settings, folder=tmp_path)
+        first.start(self.grid(tmp_path))
+        for rows, missing in ((2, 0), (3, 1)):
+            subject = Subject(run=str(finished_run), rows=rows)
+            assert len(LeakageAudit(subject=subject, settings=settings, folder=tmp_path).book.missing) == missing
 
     def test_a_cell_gives_the_same_figures_wherever_it_is_run(self, finished_run):
         cell = Cell(attack="vmi:steps=20", adversary="model-party", cut="HT 1|3", knowledge="public", epoch="start")

@@ -1,17 +1,17 @@
 """The book of an audit: which cells there are, which are done, and where that is written.
 
-Invariant: a cell that stands in ``cells.jsonl`` is not run again, so an audit that broke off goes on with what is
-missing.
+Invariant: a cell that stands in ``cells.jsonl`` for the same run and numbers of rows is not run again, so an audit that
+broke off goes on with what is missing.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from vflair_flower.audit.cells import Cell, CellResult, main_metric
 from vflair_flower.audit.subject import Subject
-from vflair_flower.errors import CheckpointError
 
-CELLS, SUBJECT = "cells.jsonl", "subject.json"
+CELLS = "cells.jsonl"
 
 
 class AuditBook:
@@ -25,28 +25,23 @@ class AuditBook:
         The run.
     cells : sequence of Cell
         The grid.
-
-    Raises
-    ------
-    CheckpointError
-        `folder` has cells of another run, or with other numbers of rows.
     """
 
     def __init__(self, folder: Path, subject: Subject, cells: Sequence[Cell]) -> None:
         self.cells = tuple(cells)
         self._file = folder / CELLS
+        self._subject = subject.to_json()
         folder.mkdir(parents=True, exist_ok=True)
-        about = folder / SUBJECT
-        if about.is_file() and about.read_text() != subject.to_json():
-            raise CheckpointError(
-                f"{folder} holds an audit of {about.read_text()}, and asked for is one of {subject.to_json()}. Take "
-                "another folder, or the same settings."
-            )
-        about.write_text(subject.to_json())
-        lines = self._file.read_text().splitlines() if self._file.is_file() else []
-        found = [CellResult.from_json(line) for line in lines if line.endswith("}")]
         wanted = set(self.cells)
-        self._done = {one.cell: one for one in found if one.cell in wanted}
+        self._done: dict[Cell, CellResult] = {}
+        for line in self._file.read_text().splitlines() if self._file.is_file() else []:
+            try:
+                entry = json.loads(line)
+            except ValueError:  # the audit broke off while it wrote
+                continue
+            one = CellResult.from_json(json.dumps(entry["result"]))
+            if entry["subject"] == self._subject and one.cell in wanted:
+                self._done[one.cell] = one
 
     @property
     def missing(self) -> list[Cell]:
@@ -62,8 +57,13 @@ class AuditBook:
         """Write a finished cell down; returns a line that says so."""
         self._done[result.cell] = result
         with self._file.open("a") as file:
-            file.write(result.to_json() + "\n")
+            line = {"subject": self._subject, "result": json.loads(result.to_json())}
+            file.write(("" if self._ends_well() else "\n") + json.dumps(line) + "\n")
         metric = main_metric(result.cell.which.goal, list(result.figures))
         figure = result.figures.get(metric)
         said = "nothing to score" if figure is None else f"{metric} {figure.value:.3f} (chance {figure.chance:.3f})"
         return f"{len(self._done)}/{len(self.cells)}  {result.cell.name}  {said}  {result.seconds:.1f} s"
+
+    def _ends_well(self) -> bool:
+        """Whether the file ends with a whole line."""
+        return not self._file.is_file() or not (held := self._file.read_bytes()) or held.endswith(b"\n")

@@ -57,6 +57,7 @@ class Subject:
         for name in ("rows", "auxiliary_rows"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; choose 1 or more.")
+        object.__setattr__(self, "run", str(Path(self.run).resolve()))
         folder = Path(self.run)
         for file in (folder / ADAPTER / SPEC_FILE, folder / RESULT):
             if not file.is_file():
@@ -82,7 +83,7 @@ class Subject:
     @property
     def folder(self) -> Path:
         """Of the run, absolute."""
-        return Path(self.run).resolve()
+        return Path(self.run)
 
     @cached_property
     def spec(self) -> SplitSpec:
