@@ -1,9 +1,10 @@
 """DAGER: texts whose tokens, and whose beginnings, fit the span of the gradient: exact where tokens are fewer than D.
 
-N beginnings of T tokens, D hidden, V vocabulary.  First each token by itself (the input of the first block's attention),
-then beginnings of texts, one token longer at a time (the input of a later block's attention).  A host of experts sees
-no attention; experts' inputs are told by their own gradients, of the tokens that were routed to them alone.
-Decoders only: in them what follows does not change what came before, so a beginning can be told before its end is known.
+N beginnings of T tokens, D hidden, V vocabulary.  First each token by itself (the input of the first block's
+attention), then beginnings of texts, one token longer at a time (the input of a later block's attention).  A host of
+experts sees no attention; experts' inputs are told by their own gradients, of the tokens that were routed to them alone.
+Decoders only: in them what follows does not change what came before, so a beginning is told before its end is known.
+Of a language model's texts the last token is never seen: it is asked nothing, and no other token looks at it.
 """
 
 from collections.abc import Sequence
@@ -83,10 +84,13 @@ def dager(
             f"the model family is {config.get_text_config().model_type!r}, whose tokens all change one another, and "
             "this attack builds texts from their beginning. Use 'lamp', or attack a decoder."
         )
+    lengths = view.lengths
+    if lengths is not None and surrogate.task.kind.writes:  # a last token is asked nothing, and nobody looks at it
+        lengths = tuple(length - 1 for length in lengths)
     words, texts = _probes(view, surrogate, rank_tolerance)
     search = _Search(surrogate, words, texts, token_tolerance, prefix_tolerance, beginnings, batch_rows)
-    found = search.run(max(view.lengths) if view.lengths else _longest(config))
-    chosen = _by_length(found, view.lengths) if view.lengths else _most_distinct(found, view.rows)
+    found = search.run(max(lengths) if lengths else _longest(config))
+    chosen = _by_length(found, lengths) if lengths else _most_distinct(found, view.rows)
     ids = tuple(torch.tensor(one, dtype=torch.int64) for one in chosen)
     return TextGuess(ids=ids, aligned=False, matched=False)
 
@@ -203,7 +207,7 @@ def _by_length(found: Sequence[_Begun], lengths: Sequence[int]) -> list[tuple[in
 def _most_distinct(found: Sequence[_Begun], rows: int) -> list[tuple[int, ...]]:
     """Return texts that go no further, nearest first, none that begins like most of another; none for rows without."""
     chosen: list[tuple[int, ...]] = []
-    for one in sorted((one for one in found if one.ends), key=lambda one: (-len(one.ids) > -2, one.far)):
+    for one in sorted((one for one in found if one.ends), key=lambda one: (len(one.ids) < 2, one.far)):
         if len(chosen) < rows and all(_shared(one.ids, other) < _SAME for other in chosen):
             chosen.append(one.ids)
     return chosen + [()] * (rows - len(chosen))

@@ -17,9 +17,7 @@ from vflair_flower.attacks.registry import Goal, Phase, attack
     kinds=KINDS,
     paper="Zhu et al., NeurIPS 2019, arXiv 1906.08935; by Adam instead of L-BFGS, as LAMP's authors ran it again",
 )
-def dlg(
-    view: GradientView, knows: Knowledge, *, seed: int = 0, steps: int = 2500, rate: float = 0.1
-) -> TextGuess:
+def dlg(view: GradientView, knows: Knowledge, *, seed: int = 0, steps: int = 2500, rate: float = 0.1) -> TextGuess:
     """Minimise the squared distance of the gradients, then take the nearest tokens.
 
     Parameters

@@ -24,6 +24,7 @@ LOSSES = ("cosine", "l2l1")
 _FALL, _FALL_EVERY = 0.89, 50
 _BURN_IN = 0.1
 _L1 = 0.01
+_USUAL_SIZE = 0.05
 
 
 @attack(
@@ -60,7 +61,8 @@ def lamp(
     steps : int
         Of Adam.
     rate : float
-        Adam's; 0.89 of it after every 50 steps.
+        Adam's, where the embeddings' numbers have a root mean square of 0.05, as BERT's have, and relative to it where
+        they have another; 0.89 of it after every 50 steps.
     starts : int
         How many random starts are looked at, and then how many orders of the best.
     every : int
@@ -99,7 +101,7 @@ def lamp(
         start,
         measure,
         steps=steps,
-        rate=rate,
+        rate=rate * float(replay.table_VD.square().mean().sqrt()) / _USUAL_SIZE,
         fall=lambda step: _FALL ** (step // _FALL_EVERY),
         rule=rule,
         shuffle=shuffle,
@@ -135,7 +137,9 @@ def _start(replay: Replay, measure: Distance, starts: int, usual: float, rng: ra
     return best
 
 
-def _best_order(replay: Replay, dummies: Dummies, worth: Callable[[Dummies], float], proposals: int, rng: random.Random) -> Tensor:
+def _best_order(
+    replay: Replay, dummies: Dummies, worth: Callable[[Dummies], float], proposals: int, rng: random.Random
+) -> Tensor:
     """Return the embeddings in the best of some orders; rows one after another."""
     embeds_BTD = dummies.embeds_BTD.detach().clone()
     least = worth(dummies.moved(embeds_BTD))

@@ -3,10 +3,13 @@
 N texts of T tokens each, D what a layer reads, R rank.  A weight's gradient is a sum over tokens of outer products with
 the layer's inputs, so its rows span these inputs where tokens are fewer than D and none has a gradient of zero.  A
 `Probe` tells of the last tokens of texts how far their input, on the surrogate, is from such a span.
+
+In a classifier's last block one token of a row is asked, and a row's keys and values have few directions of gradient,
+one or two for each head: a row of more tokens than that is not told there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -106,7 +109,11 @@ def attention_probes(model: nn.Module, view: GradientView, tolerance: float) -> 
 
 
 def expert_probes(model: nn.Module, view: GradientView, tolerance: float) -> list[Probe]:
-    """Return a probe for each layer of whose experts the view has gradients."""
+    """Return a probe for each layer of whose experts the view has gradients.
+
+    The last block's is left out where there are others: nothing behind its experts looks at another token, so tokens
+    that no label belongs to have no gradient there.
+    """
     blocks = {id(m): i for i, block in enumerate(find_stacks(_bare(model))[-1].blocks) for m in block.modules()}
     found = []
     for name, module in expert_modules(model).items():
@@ -121,13 +128,11 @@ def expert_probes(model: nn.Module, view: GradientView, tolerance: float) -> lis
         told = {expert: span for expert, span in spans.items() if not span.is_everything}
         if told:
             found.append(Probe(block=blocks[id(module)], module=module, by_expert=told))
-    return found
+    return [probe for probe in found if probe.block < max(blocks.values())] or found
 
 
 @torch.no_grad()
-def far_from(
-    model: nn.Module, probes: Sequence[Probe], ids_NT: Tensor, *, first_position: int = 0
-) -> Tensor:
+def far_from(model: nn.Module, probes: Sequence[Probe], ids_NT: Tensor, *, first_position: int = 0) -> Tensor:
     """Return how far the last tokens of texts are from what was seen, float64 [N]; see `Probe.distances`.
 
     Parameters
@@ -143,11 +148,8 @@ def far_from(
     """
     positions_NT = (torch.arange(ids_NT.shape[1], device=ids_NT.device) + first_position).expand_as(ids_NT)
     farthest_N = torch.full((len(ids_NT),), float("nan"), dtype=torch.float64)
-    with _captured(probes) as called:
-        try:
-            model(input_ids=ids_NT, position_ids=positions_NT, use_cache=False)
-        except _EnoughSeen:
-            pass
+    with _captured(probes) as called, suppress(_EnoughSeen):
+        model(input_ids=ids_NT, position_ids=positions_NT, use_cache=False)
     for probe, inputs in zip(probes, called, strict=True):
         farthest_N = torch.fmax(farthest_N, probe.distances(inputs, len(ids_NT)).cpu())
     return farthest_N

@@ -21,7 +21,7 @@ from vflair_flower.errors import ConfigurationError
 from vflair_flower.settings import TaskKind
 
 KINDS = (TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.SEQUENCE_REGRESSION)
-"""Tasks whose loss can be computed of embeddings; that of a language model asks for the very tokens that are unknown."""
+"""Tasks whose loss can be computed of embeddings; a language model's asks for the very tokens that are unknown."""
 
 
 class Replay:

@@ -21,8 +21,8 @@ _WARM_UP = 50
     sees=GradientView,
     during=Phase.TRAINING,
     kinds=KINDS,
-    paper="Deng et al., Findings of EMNLP 2021, arXiv 2103.06819; the dummies' step is clipped, as others who ran it found "
-    "decisive",
+    paper="Deng et al., Findings of EMNLP 2021, arXiv 2103.06819; the dummies' step is clipped, which others who "
+    "ran it found decisive",
 )
 def tag(
     view: GradientView,
