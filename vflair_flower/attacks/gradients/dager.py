@@ -2,7 +2,7 @@
 
 N beginnings of T tokens, D hidden, V vocabulary.  First each token by itself (the input of the first block's
 attention), then beginnings of texts, one token longer at a time (the input of a later block's attention).  A host of
-experts sees no attention; experts' inputs are told by their own gradients, of the tokens that were routed to them alone.
+experts sees no attention; experts' inputs are told by their own gradients, of the tokens routed to them alone.
 Decoders only: in them what follows does not change what came before, so a beginning is told before its end is known.
 Of a language model's texts the last token is never seen: it is asked nothing, and no other token looks at it.
 """
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vflair_flower.attacks.gradients.probes import Probe, attention_probes, expert_probes, far_from
+from vflair_flower.attacks.gradients.replay import word_table
 from vflair_flower.attacks.gradients.view import GradientView
 from vflair_flower.attacks.guesses import TextGuess
 from vflair_flower.attacks.knowledge import Knowledge
@@ -136,7 +137,7 @@ class _Search:
     batch_rows: int
 
     def __post_init__(self) -> None:
-        self.vocabulary = len(self.surrogate.whole.get_input_embeddings().weight)  # type: ignore[operator]
+        self.vocabulary = len(word_table(self.surrogate.whole))
         self._tokens: list[Tensor] = []
         self._anywhere = self._placed = False
 

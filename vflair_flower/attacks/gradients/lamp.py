@@ -82,7 +82,9 @@ def lamp(
     prior = NgramPrior((row.input_ids for row in knows.auxiliary), len(replay.table_VD))
 
     def rule(embeds_BTD: Tensor) -> Tensor:
-        return length_weight * (embeds_BTD.norm(dim=-1)[~replay.pinned_BT].mean() - usual).square()
+        lengths: Tensor = torch.linalg.vector_norm(embeds_BTD[~replay.pinned_BT], dim=-1)
+        unusual: Tensor = (lengths.mean() - usual).square()
+        return length_weight * unusual
 
     def worth(dummies: Dummies) -> float:
         ids_BT = replay.nearest(dummies.embeds_BTD, knows.special_ids)

@@ -45,7 +45,8 @@ class Span:
     def distances(self, vectors_ND: Tensor) -> Tensor:
         """Return how far vectors are from it, float64 [N], relative to their length: 0 inside, 1 at a right angle."""
         unit_ND = nn.functional.normalize(vectors_ND.double(), dim=-1)
-        return (unit_ND - (unit_ND @ self.basis_DR) @ self.basis_DR.T).norm(dim=-1)
+        far_N: Tensor = torch.linalg.vector_norm(unit_ND - (unit_ND @ self.basis_DR) @ self.basis_DR.T, dim=-1)
+        return far_N
 
 
 def span_of(gradients: Sequence[Tensor], tolerance: float) -> Span:
@@ -186,4 +187,5 @@ def _readers(parts: Mapping[str, nn.Module]) -> tuple[str, ...]:
 
 def _bare(model: nn.Module) -> Any:
     """Return a model without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrap = getattr(model, "get_base_model", None)
+    return model if unwrap is None else unwrap()

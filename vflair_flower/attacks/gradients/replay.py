@@ -6,13 +6,14 @@ Invariant: the surrogate's own parameters get no gradient and do not change.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import log_softmax, one_hot
+from transformers import PreTrainedModel
 
 from vflair_flower.attacks.gradients.view import GradientView
 from vflair_flower.attacks.guesses import TextGuess
@@ -55,8 +56,9 @@ class Replay:
         self.model: Any = surrogate.whole
         self.lengths, self.rows = view.lengths, view.rows
         own = dict(self.model.named_parameters())
-        self.table_VD: Tensor = self.model.get_input_embeddings().weight.detach()
-        words = {name for name, p in own.items() if p is self.model.get_input_embeddings().weight}
+        table = word_table(surrogate.whole)
+        self.table_VD = table.detach()
+        words = {name for name, p in own.items() if p is table}
         odd = [name for name in view.gradients if name not in own]
         self.names = [name for name in own if name in view.gradients and name not in words]
         self.experts = view.experts
@@ -138,6 +140,12 @@ class Replay:
     def _cut(self, name: str, tensor: Tensor) -> Tensor:
         held = self.experts.get(name)
         return tensor if held is None else tensor[list(held)]
+
+
+def word_table(model: nn.Module) -> Tensor:
+    """Return a model's table of word embeddings, [V, D]."""
+    table: Tensor = cast("PreTrainedModel", model).get_input_embeddings().weight  # type: ignore[assignment]
+    return table
 
 
 def guess_of(replay: Replay, embeds_BTD: Tensor, knows: Knowledge) -> TextGuess:
