@@ -400,10 +400,10 @@ class TestOptimisations:
             rows = [shallow.read(name, *shallow.send(1, first=i), **settings)["token_f1"] for i in range(6)]
             found[name] = sum(one.value for one in rows) / len(rows)
             chance = sum(one.chance for one in rows) / len(rows)
-        print(found, chance)
-        assert found["lamp"] > found["tag"] + 0.05
-        assert found["tag"] > found["dlg"] + 0.05
-        assert found["lamp"] > chance + 0.25
+        # Seen: 0.26 DLG, 0.33 TAG, 0.64 LAMP; chance 0.13.
+        assert found["lamp"] > found["tag"] + 0.1, found
+        assert found["tag"] > found["dlg"], found
+        assert found["lamp"] > chance + 0.25, (found, chance)
 
     def test_of_another_batch_or_model_is_chance(self, shallow):
         with random_checkpoint(shallow.source, READ, seed=11) as source:
@@ -416,5 +416,4 @@ class TestOptimisations:
                 values.append(shallow.read("lamp", view, truth, knows=blind, **LOOKS["lamp"]))
         mean = sum(one["token_f1"].value for one in values) / len(values)
         chance = sum(one["token_f1"].chance for one in values) / len(values)
-        print(mean, chance)
-        assert mean < chance + 0.12
+        assert mean < chance + 0.12, (mean, chance)
