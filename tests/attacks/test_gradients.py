@@ -257,7 +257,7 @@ class TestReplay:
         view, _ = shallow.send(1)
         replay = Replay(view, shallow.knows)
         descend(replay, draw(replay), squared, steps=2, rate=0.1)
-        assert all(p.grad is None and not p.requires_grad for p in shallow.knows.surrogate.whole.parameters())
+        assert all(p.grad is None and not p.requires_grad for p in shallow.knows.surrogate.tuned.parameters())
 
     def test_optimises_labels_that_it_does_not_know(self, shallow):
         view, truth = shallow.send(1, tells_labels=False)

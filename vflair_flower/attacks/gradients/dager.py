@@ -98,7 +98,7 @@ def dager(
 
 def _probes(view: GradientView, surrogate: Surrogate, tolerance: float) -> tuple[Probe | None, list[Probe]]:
     """Return what tells tokens by themselves, if anything does, and what tells beginnings of texts."""
-    attention = attention_probes(surrogate.whole, view, tolerance)
+    attention = attention_probes(surrogate.tuned, view, tolerance)
     width, tokens = surrogate.hidden_size, sum(view.lengths or ())
     full = [probe for probe in attention if probe.span is not None and probe.span.is_everything]
     if attention and (tokens >= width or full):
@@ -116,7 +116,7 @@ def _probes(view: GradientView, surrogate: Surrogate, tolerance: float) -> tuple
         return attention[0], attention[1:2]
     if attention:
         return None, attention[:1]
-    experts = expert_probes(surrogate.whole, view, tolerance)
+    experts = expert_probes(surrogate.tuned, view, tolerance)
     if not experts:
         raise ConfigurationError(
             f"none of the {len(view.gradients)} tensors of the view tells this attack anything: it reads the gradients "
@@ -137,7 +137,7 @@ class _Search:
     batch_rows: int
 
     def __post_init__(self) -> None:
-        self.vocabulary = len(word_table(self.surrogate.whole))
+        self.vocabulary = len(word_table(self.surrogate.tuned))
         self._tokens: list[Tensor] = []
         self._anywhere = self._placed = False
 
@@ -185,7 +185,7 @@ class _Search:
         return sorted(found, key=lambda one: one.far)[: self.beginnings]
 
     def _far(self, probes: Sequence[Probe], ids_NT: Tensor, *, first: int = 0) -> Tensor:
-        model: nn.Module = self.surrogate.whole
+        model: nn.Module = self.surrogate.tuned
         parts = ids_NT.to(self.surrogate.device).split(self.batch_rows)
         return torch.cat([far_from(model, probes, part, first_position=first) for part in parts])
 

@@ -53,10 +53,10 @@ class Replay:
             raise ConfigurationError(
                 "the rows' lengths are not known, and this attack looks for one embedding per token. Use 'dager'."
             )
-        self.model: Any = surrogate.whole
+        self.model: Any = surrogate.tuned
         self.lengths, self.rows = view.lengths, view.rows
         own = dict(self.model.named_parameters())
-        table = word_table(surrogate.whole)
+        table = word_table(surrogate.tuned)
         self.table_VD = table.detach()
         words = {name for name, p in own.items() if p is table}
         odd = [name for name in view.gradients if name not in own]
