@@ -174,6 +174,16 @@ class TestScoring:
         assert score(mixed, truth)["token_f1"].value == pytest.approx(1.0)
         assert all(true == found for true, found in guessed_texts(TextGuess(ids=truth.ids), truth))
 
+    def test_gives_chance_the_matching_that_the_guess_gets(self, minilm):
+        rehearsal = minilm.rehearse(SHALLOW, count=8)
+        aux = minilm.knows(SHALLOW, rehearsal).auxiliary
+        other = tuple(torch.tensor(row.input_ids) for row in aux[:8])
+        kept = score(TextGuess(ids=other, aligned=False), rehearsal.truth, auxiliary=aux)["token_f1"]
+        free = score(TextGuess(ids=other, aligned=False, matched=False), rehearsal.truth, auxiliary=aux)["token_f1"]
+        assert free.value > kept.value
+        assert free.chance > kept.chance
+        assert free.low <= free.chance + 0.05
+
     def test_finds_planted_secrets(self, minilm):
         rehearsal = minilm.rehearse(SHALLOW, count=4)
         word = minilm.rows[1].text.split()[2]

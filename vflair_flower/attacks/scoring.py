@@ -183,9 +183,10 @@ def _score_texts(
         raise DataError(
             f"the guess has {len(guess.ids)} rows and the truth {len(truth.ids)}; score the guess at the same view."
         )
+    matched = guess.matched
     guess = _matched(guess, truth)
     found = _text_rows(guess.ids, truth, aligned=guess.aligned, embed=embed)
-    by_chance = _chance(truth, auxiliary, aligned=guess.aligned, embed=embed, seed=seed)
+    by_chance = _chance(truth, auxiliary, aligned=guess.aligned, matched=matched, embed=embed, seed=seed)
     figures = {}
     for name, values in found.shares.items():
         kept = [value for value in values if not math.isnan(value)]
@@ -261,6 +262,7 @@ def _chance(
     auxiliary: Sequence[Encoded],
     *,
     aligned: bool,
+    matched: bool,
     embed: Callable[[Sequence[str]], Tensor] | None,
     seed: int,
 ) -> dict[str, float]:
@@ -281,6 +283,8 @@ def _chance(
             while len(stream) < len(ids):
                 stream = torch.cat([stream, stream])
             drawn.append(stream[: len(ids)])
+        if not aligned:  # where rows of a guess are matched, those of chance are as well: it raises both
+            drawn = list(_matched(TextGuess(ids=tuple(drawn), aligned=False, matched=matched), truth).ids)
         rows = _text_rows(drawn, truth, aligned=aligned, embed=embed)
         for name, values in rows.shares.items():
             kept = [value for value in values if not math.isnan(value)]

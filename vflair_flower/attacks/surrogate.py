@@ -28,12 +28,13 @@ from vflair_flower.partition import (
     SplitCache,
     load_config,
     load_segment,
+    make_trainable,
 )
 from vflair_flower.partition.caching import cache_argument
 from vflair_flower.partition.holes import PassThrough
 from vflair_flower.partition.loading import task_class
 from vflair_flower.partition.structure import family_of, find_stacks, hidden_size, num_blocks
-from vflair_flower.settings import TaskSettings
+from vflair_flower.settings import LoraSettings, TaskSettings
 
 
 class _ReachedCut(Exception):  # noqa: N818 - no error: how a forward pass ends at the cut
@@ -54,6 +55,8 @@ class Surrogate:
         The victim's task.
     seed : int
         Of parameters that the checkpoint does not hold, such as a new classifier.
+    tuning : LoraSettings or None
+        The victim's, where adapters are trained; for `tuned` alone.
     device : torch.device or str
         Where to compute.
 
@@ -72,6 +75,7 @@ class Surrogate:
         task: TaskSettings,
         *,
         seed: int = 0,
+        tuning: LoraSettings | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         self.config = load_config(source, task)
@@ -82,6 +86,7 @@ class Surrogate:
         self.device = torch.device(device)
         self._source = source
         self._seed = seed
+        self._tuning = tuning
 
     @property
     def embedding(self) -> Tensor:
@@ -147,6 +152,15 @@ class Surrogate:
     def whole(self) -> PreTrainedModel:
         """The model in one piece."""
         return self._load(Segment.whole(self.num_blocks)).model
+
+    @cached_property
+    def tuned(self) -> nn.Module:
+        """The model in one piece as a job trains it: with `tuning`, around it the adapters that a job begins with."""
+        if self._tuning is None:
+            return self.whole
+        loaded = self._load(Segment.whole(self.num_blocks))
+        model = make_trainable(loaded, self._tuning, self.task, seed=self._seed)
+        return model.to(self.device).eval().requires_grad_(False)
 
     @cached_property
     def _head(self) -> LoadedSegment:
