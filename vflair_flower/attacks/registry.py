@@ -22,7 +22,7 @@ import psutil
 import torch
 
 from vflair_flower.attacks.guesses import Guess
-from vflair_flower.attacks.knowledge import Knowledge
+from vflair_flower.attacks.knowledge import HeadKnowledge, Knowledge
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import Mode
 from vflair_flower.settings import TaskKind
@@ -67,8 +67,10 @@ class Attack:
         The function.
     during : Phase
         What the victim must be doing.
-    modes, kinds
-        The cuts and the tasks that it can be run at.
+    modes, kinds, knowledge
+        The cuts, the tasks and the knowledge of the model that it can be run with.
+    causal_only : bool
+        Whether it needs a model in which a token sees none behind it.
     """
 
     name: str
@@ -79,6 +81,8 @@ class Attack:
     during: Phase = Phase.INFERENCE
     modes: tuple[Mode, ...] = tuple(Mode)
     kinds: tuple[TaskKind, ...] = tuple(TaskKind)
+    knowledge: tuple[HeadKnowledge, ...] = tuple(HeadKnowledge)
+    causal_only: bool = False
 
     @property
     def settings(self) -> Mapping[str, Setting]:
@@ -121,6 +125,8 @@ def attack(
     during: Phase = Phase.INFERENCE,
     modes: Sequence[Mode] = tuple(Mode),
     kinds: Sequence[TaskKind] = tuple(TaskKind),
+    knowledge: Sequence[HeadKnowledge] = tuple(HeadKnowledge),
+    causal_only: bool = False,
 ) -> Callable[[_FunctionT], _FunctionT]:
     """Register an attack under a name.
 
@@ -136,8 +142,10 @@ def attack(
         Where it is from, and where it differs.
     during : Phase
         What the victim must be doing for the attack to see enough.
-    modes, kinds : sequences
-        The cuts and the tasks that it can be run at; all by default.
+    modes, kinds, knowledge : sequences
+        The cuts, the tasks and the knowledge of the model that it can be run with; all by default.
+    causal_only : bool
+        Whether it needs a model in which a token sees none behind it.
 
     Raises
     ------
@@ -160,6 +168,8 @@ def attack(
             during=during,
             modes=tuple(modes),
             kinds=tuple(kinds),
+            knowledge=tuple(knowledge),
+            causal_only=causal_only,
         )
         bare = [key for key, default in made.settings.items() if not isinstance(default, Setting)]
         if bare:

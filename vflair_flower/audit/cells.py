@@ -13,7 +13,7 @@ from vflair_flower.attacks import Goal, HeadKnowledge, attacks, find_attack
 from vflair_flower.attacks.registry import Attack, parse_settings
 from vflair_flower.attacks.scoring import Figure
 from vflair_flower.audit.subject import Subject
-from vflair_flower.audit.views import adversary_of
+from vflair_flower.audit.views import MODEL_PARTY, adversary_of
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import Mode, PartitionPlan
 from vflair_flower.report import AuditRow, Interval, Sentence
@@ -23,6 +23,8 @@ RECORDED = "recorded"
 EPOCHS = ("start", "end", RECORDED)
 """Before the first step, after the last, or as the model party saw the run itself (`docs/recording.md`)."""
 OWN, ALL = "own", "all"
+WHOLE = "whole"
+"""Where the model is not cut, for adversaries who have or see all of it."""
 NO_DEFENCE = "none"
 
 
@@ -156,12 +158,12 @@ class CellResult:
 
 @dataclass(frozen=True, kw_only=True)
 class GridSettings:
-    """Which cells an audit has; every field is a list with blanks or commas between.
+    """Which cells an audit has; fields are lists with blanks between.
 
     Parameters
     ----------
     attacks : str
-        Names, perhaps with settings after a colon (blanks between attacks then), or ``"all"``.
+        Names, perhaps with settings after a colon, with blanks between; or ``text``, ``labels``, ``members``, ``all``.
     cuts : str
         ``"own"`` (the run's), ``"all"`` (1..N-1 in both modes), or cuts such as ``"HBT 1|4|1; HT 2|4"``.
     knowledge : str
@@ -198,8 +200,12 @@ class GridSettings:
 
     @property
     def attack_list(self) -> list[str]:
-        """The attacks, each with its settings."""
-        return list(attacks()) if self.attacks.strip() == ALL else self.attacks.split()
+        """The attacks, each with its settings; groups are named by what they are after."""
+        named = []
+        for word in self.attacks.split():
+            group = [name for name, one in attacks().items() if word in (ALL, one.goal)]
+            named += group or [word]
+        return list(dict.fromkeys(named))
 
 
 def cells_of(settings: GridSettings, subject: Subject) -> list[Cell]:
@@ -217,46 +223,48 @@ def cells_of(settings: GridSettings, subject: Subject) -> list[Cell]:
     ConfigurationError
         No attack fits; the error says why not.
     """
-    own, num_blocks, kind = subject.spec.plan, subject.num_blocks, subject.spec.task.kind
-    possible = subject.adversaries
+    own, num_blocks = subject.spec.plan, subject.num_blocks
     plans = plans_of(settings.cuts, own=own, num_blocks=num_blocks)
     cells: set[Cell] = set()
     reasons: dict[str, str] = {}
     for text in settings.attack_list:
         which = find_attack(parse_settings(text)[0])
+        why = _unfit(which, subject)
+        if why:
+            reasons[which.name] = why
+            continue
         adversary = adversary_of(which.sees)
-        if adversary not in possible:
-            reasons[which.name] = f"nobody in this run sees a {which.sees.__name__}"
-            continue
-        if kind not in which.kinds:
-            reasons[which.name] = f"it does not work on {kind.value}"
-            continue
-        cut_matters = adversary == "model-party"
-        chosen = [plan for plan in plans if plan.mode in which.modes] if cut_matters else [own]
+        split = adversary == MODEL_PARTY
+        chosen = [cut_text(plan, num_blocks) for plan in plans if plan.mode in which.modes] if split else [WHOLE]
         if not chosen:
             reasons[which.name] = f"it works at {' and '.join(mode.value for mode in which.modes)} cuts only"
-        for plan in chosen:
+        for cut in chosen:
             for knowledge in _words(settings.knowledge):
                 for epoch in _words(settings.epochs):
-                    if epoch == RECORDED and (plan != own or not cut_matters):
+                    if knowledge not in which.knowledge:
+                        reasons[which.name] = f"it works with {' and '.join(which.knowledge)} knowledge only"
+                        continue
+                    if epoch == RECORDED and cut != cut_text(own, num_blocks):
                         reasons[which.name] = "a recording is of what the model party saw, at the run's own cut"
                         continue
-                    for seed in _words(settings.seeds):
-                        cells.add(
-                            Cell(
-                                attack=text,
-                                adversary=adversary,
-                                cut=cut_text(plan, num_blocks) if cut_matters else "-",
-                                knowledge=knowledge,
-                                epoch=epoch,
-                                seed=int(seed),
-                            )
-                        )
+                    about = {"attack": text, "adversary": adversary, "cut": cut, "knowledge": knowledge, "epoch": epoch}
+                    cells |= {Cell(**about, seed=int(seed)) for seed in _words(settings.seeds)}
     if not cells:
         raise ConfigurationError(
             f"no cell of the audit can be run: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}."
         )
     return sorted(cells)
+
+
+def _unfit(which: Attack, subject: Subject) -> str:
+    """Say why an attack cannot be run on a run at all; nothing if it can."""
+    if adversary_of(which.sees) not in subject.adversaries:
+        return f"nobody in this run sees a {which.sees.__name__}"
+    if subject.spec.task.kind not in which.kinds:
+        return f"it does not work on {subject.spec.task.kind.value}"
+    if which.causal_only and subject.bidirectional:
+        return "it needs a causal model, and in this one a token sees those behind it"
+    return ""
 
 
 def plans_of(text: str, *, own: PartitionPlan, num_blocks: int) -> list[PartitionPlan]:

@@ -6,10 +6,15 @@ Invariant: what could not be measured is not passed; a cell that failed counts a
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
+from vflair_flower.attacks import Goal
 from vflair_flower.audit.cells import CellResult
 from vflair_flower.errors import ConfigurationError
 
-_METRIC = {"token_recall": "token_recall", "label_accuracy": "label_accuracy", "membership_auc": "auc"}
+_METRIC = {
+    "token_recall": (Goal.TEXT, "token_recall"),
+    "label_accuracy": (Goal.LABELS, "label_accuracy"),
+    "membership_auc": (Goal.MEMBERS, "auc"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +28,7 @@ class Bounds:
     label_accuracy : float or None
         Share of labels that are guessed.
     membership_auc : float or None
-        Area under the curve of a guess at who was trained on, or at a label by score.
+        Area under the curve of a guess at who was trained on.
 
     Raises
     ------
@@ -49,16 +54,18 @@ def exceeded(bounds: Bounds, results: Sequence[CellResult], failed: Mapping[str,
     """Return what broke a bound, in words; empty if nothing did."""
     said = []
     for name, bound in bounds.items():
-        for one in results:
-            figure = one.figures.get(_METRIC[name])
-            if figure is not None and figure.value > bound:
-                what = name.replace("_", " ")
+        goal, metric = _METRIC[name]
+        what = name.replace("_", " ")
+        measured = [one for one in results if one.cell.which.goal is goal and metric in one.figures]
+        for one in measured:
+            figure = one.figures[metric]
+            if figure.value > bound:
                 said.append(
                     f"{one.cell.name}: {what} {figure.value:.3f} ({figure.low:.3f} to {figure.high:.3f}, chance "
                     f"{figure.chance:.3f}) is above {bound:g}"
                 )
-        if not any(_METRIC[name] in one.figures for one in results):
-            said.append(f"no cell measured {name.replace('_', ' ')}, so its bound of {bound:g} is not shown to hold")
+        if not measured:
+            said.append(f"no cell measured {what}, so its bound of {bound:g} is not shown to hold")
     if bounds.items():
         said += [f"{name} failed ({why}), and what was not measured is not passed" for name, why in failed.items()]
     return said

@@ -1,6 +1,6 @@
 """The stage of a cell: what the adversary sees and knows, and the truth for the scorer."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -16,16 +16,22 @@ from vflair_flower.attacks import (
     random_checkpoint,
     split_view,
 )
+from vflair_flower.attacks.gradients.victim import gradient_rehearsal
+from vflair_flower.attacks.gradients.view import GradientView
+from vflair_flower.attacks.membership.victim import member_rehearsal
+from vflair_flower.attacks.membership.view import ModelView
 from vflair_flower.attacks.rehearsal import rehearse
 from vflair_flower.attacks.scoring import Truth
 from vflair_flower.attacks.truth_log import read_truth
-from vflair_flower.audit.cells import RECORDED, Cell, parse_cut
+from vflair_flower.audit.cells import RECORDED, WHOLE, Cell, parse_cut
 from vflair_flower.audit.subject import Subject
+from vflair_flower.audit.views import AGGREGATOR, MODEL_PARTY, OWNER
 from vflair_flower.errors import DataError
 from vflair_flower.partition import ModelSource, PartitionPlan
-from vflair_flower.remote.protocol import MODEL_PARTY
 from vflair_flower.session import read_recording
 from vflair_flower.tasks import encode_task, padding_token_id
+
+_GRADIENT_ROWS = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,16 +66,18 @@ def staged(subject: Subject, cell: Cell, *, device: torch.device | str = "cpu") 
     device : torch.device or str
         Where the adversary computes.
     """
-    plan = parse_cut(cell.cut)
+    plan = subject.spec.plan if cell.cut == WHOLE else parse_cut(cell.cut)
     victim = subject.source(cell.epoch)
-    view, truth = _recorded(subject, cell, plan) if cell.epoch == RECORDED else _rehearsed(subject, cell, plan, victim)
+    view, truth = _MAKERS[cell.adversary](subject, cell, plan, victim)
     with ExitStack() as stack:
         source = _known(subject, cell, victim, stack)
         knows = _knowledge(subject, cell, plan, source, victim, truth, device)
         yield Stage(view=view, knows=knows, truth=truth)
 
 
-def _rehearsed(subject: Subject, cell: Cell, plan: PartitionPlan, victim: ModelSource) -> tuple[SplitView, Truth]:
+def _at_the_cut(subject: Subject, cell: Cell, plan: PartitionPlan, victim: ModelSource) -> tuple[SplitView, Truth]:
+    if cell.epoch == RECORDED:
+        return _recorded(subject, cell, plan)
     rehearsal = rehearse(
         victim,
         replace(subject.spec, plan=plan),
@@ -80,6 +88,27 @@ def _rehearsed(subject: Subject, cell: Cell, plan: PartitionPlan, victim: ModelS
         secrets=subject.secrets,
     )
     return rehearsal.view, rehearsal.truth
+
+
+def _gradient(subject: Subject, cell: Cell, _plan: PartitionPlan, victim: ModelSource) -> tuple[GradientView, Truth]:
+    """Return what federated learning would have shown instead: the gradient of all parameters, of one small batch."""
+    return gradient_rehearsal(
+        victim,
+        subject.spec.task,
+        subject.victims(cell.seed, min(subject.rows, _GRADIENT_ROWS)),
+        subject.tokenizer,
+        max_tokens=subject.spec.training.max_tokens,
+        seed=subject.spec.seed,
+        secrets=subject.secrets,
+    )
+
+
+def _finished(subject: Subject, cell: Cell, _plan: PartitionPlan, victim: ModelSource) -> tuple[ModelView, Truth]:
+    members = subject.victims(cell.seed)
+    others = subject.strangers(cell.seed, len(members))
+    count = min(len(members), len(others))
+    mixed = member_rehearsal(victim, subject.spec, members[:count], others[:count], subject.tokenizer, seed=cell.seed)
+    return mixed.view, mixed.truth
 
 
 def _recorded(subject: Subject, cell: Cell, plan: PartitionPlan) -> tuple[SplitView, Truth]:
@@ -133,3 +162,10 @@ def _knowledge(
         pad_id=padding_token_id(tokenizer),
         auxiliary=auxiliary_texts(encoded, truth.ids),
     )
+
+
+_MAKERS: dict[str, Callable[[Subject, Cell, PartitionPlan, ModelSource], tuple[object, Truth]]] = {
+    MODEL_PARTY: _at_the_cut,
+    AGGREGATOR: _gradient,
+    OWNER: _finished,
+}

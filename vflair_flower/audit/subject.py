@@ -22,7 +22,7 @@ from vflair_flower.errors import ConfigurationError, DataError
 from vflair_flower.partition import ModelSource, load_config, load_tokenizer, resolve_model
 from vflair_flower.partition.loading import without_reports
 from vflair_flower.partition.merging import SPEC_FILE, merge_model
-from vflair_flower.partition.structure import num_blocks
+from vflair_flower.partition.structure import family_of, num_blocks
 from vflair_flower.spec import SplitSpec
 from vflair_flower.tasks import Example, Secret, load_rows
 
@@ -105,6 +105,11 @@ class Subject:
     def num_blocks(self) -> int:
         """Of the model."""
         return num_blocks(load_config(self.public, self.spec.task))
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether a token of the model sees those behind it."""
+        return family_of(load_config(self.public, self.spec.task)).encoder
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:

@@ -1,9 +1,16 @@
-"""Which adversary has which kind of view."""
+"""Which adversary has which kind of view, and what of a model an audit of it is cut by."""
 
 from vflair_flower.attacks import SplitView
+from vflair_flower.attacks.gradients.view import GradientView
+from vflair_flower.attacks.membership.view import ModelView
 from vflair_flower.errors import ConfigurationError
 
-_SEES: dict[type, str] = {SplitView: "model-party"}
+MODEL_PARTY = "model-party"
+AGGREGATOR = "aggregator"
+"""The aggregating server: it sees gradients of what parties train."""
+OWNER = "model-owner"
+"""Whoever has the finished model."""
+_SEES: dict[type, str] = {SplitView: MODEL_PARTY, GradientView: AGGREGATOR, ModelView: OWNER}
 ADVERSARIES = tuple(dict.fromkeys(_SEES.values()))
 
 

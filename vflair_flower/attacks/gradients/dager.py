@@ -45,6 +45,7 @@ class _Begun:
     kinds=(TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.SEQUENCE_REGRESSION, TaskKind.CAUSAL_LM),
     paper="Petrov et al., NeurIPS 2024, arXiv 2405.15586; of queries, keys and values, not queries alone, in which a "
     "text's first token is missing; any later block that the view shows; experts' gradients; decoders only",
+    causal_only=True,
 )
 def dager(
     view: GradientView,

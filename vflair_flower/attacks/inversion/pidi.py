@@ -35,6 +35,7 @@ _TAIL_ROWS = 8
     "auxiliary texts, not a recurrent inverter, and patches found are fixed as tokens, not as embeddings",
     during=Phase.GENERATION,
     kinds=(TaskKind.CAUSAL_LM,),
+    causal_only=True,
 )
 def pidi(
     view: SplitView,

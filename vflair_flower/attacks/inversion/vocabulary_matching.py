@@ -39,6 +39,7 @@ _FIRST, _GROWTH = 16, 4
         *(TaskKind.CAUSAL_LM, TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.SEQUENCE_REGRESSION),
         TaskKind.QUESTION_ANSWERING,
     ),
+    causal_only=True,
 )
 def vocabulary_matching(
     view: SplitView,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vflair_flower.attacks.guesses import MemberGuess
-from vflair_flower.attacks.knowledge import Knowledge
+from vflair_flower.attacks.knowledge import HeadKnowledge, Knowledge
 from vflair_flower.attacks.membership.losses import KINDS, log_odds
 from vflair_flower.attacks.membership.reference_loss import refuse_exact
 from vflair_flower.attacks.membership.shadows import fine_tuned
@@ -33,6 +33,7 @@ _LEAST_SPREAD = 1e-4
     paper="Carlini et al., S&P 2022, arXiv 2112.03570; shadows are fine-tuned from the public checkpoint, few of them, "
     "and one spread is shared by all candidates, taken around each candidate's own mean",
     kinds=KINDS,
+    knowledge=(HeadKnowledge.PUBLIC, HeadKnowledge.ARCHITECTURE),
 )
 def lira(
     view: ModelView,

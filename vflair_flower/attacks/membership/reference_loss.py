@@ -15,6 +15,7 @@ from vflair_flower.errors import ConfigurationError
     paper="Watson et al., ICLR 2022, arXiv 2111.08440, with one reference: the checkpoint that training began with, as "
     "in Mireshghallah et al., EMNLP 2022, arXiv 2203.03929",
     kinds=KINDS,
+    knowledge=(HeadKnowledge.PUBLIC, HeadKnowledge.ARCHITECTURE),
 )
 def reference_loss(view: ModelView, knows: Knowledge, *, seed: int = 0, batch_rows: int = 32) -> MemberGuess:
     """Score each candidate by how much smaller its loss became.
