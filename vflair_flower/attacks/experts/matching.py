@@ -25,6 +25,8 @@ _FIRST_LOOK = 8
 """Candidates that are tried before all others: mostly the token is among them."""
 _PER_FILL = 4
 """Candidates that are tried behind each way of filling a gap."""
+_PADDING = 24
+"""So many padding tokens behind a row are looked at."""
 _LOOSE = 2.0
 """Behind a token that matched badly the prefix is not quite right, and so many times its distance counts as found."""
 
@@ -184,6 +186,14 @@ class _Reader:
         place = int(apart_B.argmin())
         return _Match(token=int(rows[place, -1]), distance=float(apart_B[place]), fill=fills[place // len(likely)])
 
+    def padding(self, prefix: _Prefix, seen_D: Tensor) -> float:
+        """Return how far a state is from that of the nearest of some padding tokens behind a row."""
+        ids_1T = torch.tensor([[*prefix.tokens, *[self.pad_id] * _PADDING]])
+        mask_1T = torch.ones_like(ids_1T)
+        mask_1T[:, len(prefix.tokens) :] = 0
+        states_TD = self.public.entered(ids_1T, mask_1T, layers=(self.layer,))[self.layer].hidden_BTD[0]
+        return float(_distances(states_TD[len(prefix.tokens) :], seen_D).min())
+
     def fills(self, prefix: _Prefix, length: int) -> list[tuple[int, ...]]:
         """Return the likeliest ways to go on by some tokens; where more are missing than are searched, one way."""
         beam = self.settings.beam if length <= self.settings.gap else 1
@@ -247,12 +257,15 @@ def _next(reader: _Reader, prefix: _Prefix, states: dict[int, Tensor], limit: fl
         if match.distance < limit:
             return place, match, False
         tried.append((place, match))
-    first, seen_D = next(iter(states.items()))
+    for place, seen_D in states.items():
+        if reader.padding(prefix, seen_D) < limit:
+            return place, _Match(token=reader.pad_id, distance=0.0), False
     for length in range(1, reader.settings.gap + 1):
-        match = reader.behind_gap(prefix, seen_D, length)
-        if match.distance < limit:
-            return first, match, False
-        tried.append((first, match))
+        for place, seen_D in states.items():
+            match = reader.behind_gap(prefix, seen_D, length)
+            if match.distance < limit:
+                return place, match, False
+            tried.append((place, match))
     place, match = min(tried, key=lambda one: one[1].distance)
     return place, match, False
 
