@@ -1,6 +1,7 @@
 """Attacks on experts' hosts: what is seen, what can be made of it, and what cannot."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 
@@ -31,7 +32,11 @@ from vflair_flower.attacks.experts.wire import wire_view
 from vflair_flower.attacks.scoring import Truth, score
 from vflair_flower.certificate import TINY
 from vflair_flower.errors import ConfigurationError, DataError
-from vflair_flower.partition import load_tokenizer, resolve_model
+from vflair_flower.experts.host import ExpertHost
+from vflair_flower.experts.loading import expert_layer_names, load_experts
+from vflair_flower.partition import load_config, load_tokenizer, resolve_model
+from vflair_flower.remote.protocol import FORWARD
+from vflair_flower.session import Request
 from vflair_flower.settings import ExpertSettings, TaskKind, TaskSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.tasks import PromptRow, encode_task
@@ -253,14 +258,14 @@ class TestMatching:
         assert accuracy(inference.truth, view, found.guess) >= 0.5
 
     def test_fills_gaps_where_places_are_known(self, tiny, inference):
-        view = inference.truth.grant(inference.view("party-2", "party-3")).at(0)
+        view = inference.truth.grant(inference.view("party-1", "party-3")).at(0)
         settings = {"knows_positions": True, "beam": 40, "exhaustive": True}
         known = run_attack(find_attack(MATCHING), view, tiny.knows(inference), settings=settings)
         seen = inference.truth.seen(view).counted
         pairs = zip(known.guess.ids, inference.truth.texts.ids, inference.truth.texts.counted, seen, strict=True)
         unseen = torch.cat([(ids == true)[counted & ~here] for ids, true, counted, here in pairs])
-        assert len(unseen) >= 3
-        assert float(unseen.float().mean()) > 0.4
+        assert len(unseen) >= 5
+        assert float(unseen.float().mean()) > 0.2  # of forty words; where all prefixes are right, the distance tells
         assert score(known.guess, inference.truth.seen(view))["position_accuracy"].value >= 0.8
 
     def test_with_another_model_or_another_order_is_no_better_than_chance(self, tiny, inference, random_tiny):
@@ -392,6 +397,37 @@ class TestRehearsal:
     def test_refuses_jobs_without_spread_experts(self, tiny):
         with pytest.raises(ConfigurationError, match="not at parties that answer"):
             tiny.rehearse(spec=replace(tiny.spec(), experts=None))
+
+
+@pytest.mark.parametrize("combine", ["owner", "host"])
+def test_a_hosts_answers_do_not_depend_on_other_owners_tokens(tiny, inference, combine):
+    spec, host_name = tiny.spec(combine=combine), "party-1"
+    layers = expert_layer_names(load_config(tiny.source, WRITE), WRITE)
+    own = inference.placement.experts_of(host_name)
+    shard = load_experts(tiny.source, dict(zip(layers, own, strict=True)), WRITE)
+    host = ExpertHost(shard, layers, own, spec, deadline_s=5.0)
+    calls = inference.view(host_name).calls
+
+    def ask(owner: str, number: int, call, scale: float = 1.0) -> Tensor:
+        tensors = {"hidden": call.tokens_UD * scale, "row": call.token_R.int(), "expert": call.expert_R.int()}
+        if combine == "host":
+            tensors["weight"] = torch.linspace(0.1, 0.9, len(call.expert_R))
+        meta = {"layer": call.layer, "call": number, "keep": False}
+        return host(Request(owner, FORWARD, tensors, meta)).tensors["output"]
+
+    host.begin(["party-0"], training=False)
+    alone = [ask("party-0", number, call) for number, call in enumerate(calls)]
+    host.begin(["party-0", "party-2", "party-3"], training=False)
+    with ThreadPoolExecutor(3) as pool:
+        crowd = [
+            pool.submit(ask, owner, number, call, 3.0)
+            for number, call in enumerate(calls)
+            for owner in ("party-2", "party-3")
+        ]
+        among = [ask("party-0", number, call) for number, call in enumerate(calls)]
+        others = [one.result() for one in crowd]
+    assert all(torch.equal(one, other) for one, other in zip(alone, among, strict=True))
+    assert not torch.equal(others[0], alone[0])  # what the others sent was something else
 
 
 @pytest.mark.slow
