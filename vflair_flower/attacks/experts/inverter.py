@@ -136,7 +136,7 @@ def train_inverter(
         if bool(kept_BT.any()):
             batches.append((entered.hidden_BTD[kept_BT], ids_BT.to(public.device)[kept_BT]))
     inverter = Inverter(model, batches[0][0].shape[1], public.vocabulary, width)
-    inverter.to(public.device)  # type: ignore[arg-type]
+    inverter.to(public.device)
     inverter.fit_scale(torch.cat([states_ND for states_ND, _ in batches]))
     optimizer = torch.optim.Adam(inverter.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, epochs * len(batches)))

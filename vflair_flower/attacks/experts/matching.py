@@ -116,7 +116,7 @@ class _Prefix:
 
     def __init__(self, tokens: tuple[int, ...] = ()) -> None:
         self.tokens = tokens
-        self.cache = None
+        self.cache: DynamicCache | None = None
         self.log_probs: Tensor | None = None
 
 
@@ -210,7 +210,7 @@ class _Reader:
     @torch.no_grad()
     def _best(self, prefix: _Prefix, tokens_C: Tensor, seen_D: Tensor) -> _Match:
         if prefix.cache is None:
-            prefix.cache = DynamicCache(config=self.public.model.config)
+            prefix.cache = DynamicCache(config=self.public.config)
             self.public.entered(torch.tensor([prefix.tokens]), layers=(self.layer,), cache=prefix.cache)
         cache = copy.deepcopy(prefix.cache)
         cache.batch_repeat_interleave(len(tokens_C))

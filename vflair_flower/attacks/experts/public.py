@@ -41,6 +41,7 @@ class PublicModel:
 
     def __init__(self, surrogate: Surrogate) -> None:
         self.model = surrogate.whole
+        self.config = surrogate.config
         self.device = surrogate.device
         self.experts = num_experts(surrogate.config)
         self.vocabulary = len(self.model.get_input_embeddings().weight)  # type: ignore[operator]
@@ -84,7 +85,8 @@ class PublicModel:
     def next_log_probs(self, ids_BT: Tensor) -> Tensor:
         """Return the log-probability of each next token after rows of equal length, [B, V]."""
         logits_BV = self.model(input_ids=ids_BT.to(self.device), use_cache=False).logits[:, -1]
-        return logits_BV.float().log_softmax(-1)
+        log_probs_BV: Tensor = logits_BV.float().log_softmax(-1)
+        return log_probs_BV
 
 
 def padded(encoded: Collection[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
