@@ -448,4 +448,4 @@ def test_of_a_model_that_has_learnt_both_texts_and_labels_are_read(tmp_path):
     found = run_attack(find_attack(MATCHING), first, knows)
     assert accuracy(rehearsal.truth, first, found.guess) >= 0.97
     labels = run_attack(find_attack("label-readout-expert"), last, knows)
-    assert accuracy(rehearsal.truth, last, labels.guess, rehearsal.truth.asked(last)) >= 0.9
+    assert accuracy(rehearsal.truth, last, labels.guess, rehearsal.truth.asked(last)) >= 0.95

@@ -44,7 +44,7 @@ class PublicModel:
         self.config = surrogate.config
         self.device = surrogate.device
         self.experts = num_experts(surrogate.config)
-        self.vocabulary = len(self.model.get_input_embeddings().weight)  # type: ignore[operator]
+        self.vocabulary = int(self.model.get_input_embeddings().num_embeddings)  # type: ignore[arg-type]
         self._modules = list(expert_modules(self.model).values())
         if not self._modules:
             raise ModelError("the surrogate has no experts. Give one of the mixture-of-experts model that is attacked.")
