@@ -13,7 +13,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from vflair_flower.attacks import load_attacks
-from vflair_flower.audit import Cell, Subject, run_cell
+from vflair_flower.audit import Cell, read_subject, run_cell
 from vflair_flower.control import AUDIT
 
 
@@ -50,5 +50,5 @@ class Auditor:
         for file in filter(None, files.split(",")):
             load_attacks(Path(file.strip()))
         asked = message.content["config"]
-        result = run_cell(Cell(**json.loads(str(asked["cell"]))), Subject.from_json(str(asked["subject"])))
+        result = run_cell(Cell(**json.loads(str(asked["cell"]))), read_subject(str(asked["subject"])))
         return Message(RecordDict({"result": ConfigRecord({"result": result.to_json()})}), reply_to=message)

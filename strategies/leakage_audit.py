@@ -1,6 +1,6 @@
 """An audit as a Flower job: every cell of the attack grid is a message to a node, and a line of a file when it is done.
 
-    audit = LeakageAudit(subject=Subject(run="runs/latest"), settings=GridSettings(cuts="all"), folder=Path("audit"))
+    audit = LeakageAudit(subject=open_subject("runs/latest"), settings=GridSettings(cuts="all"), folder=Path("a"))
     outcome = audit.start(grid)
 
 Nodes that share a box's GPUs (``client-resources-num-gpus`` of 0.5: two cells at once on each) work side by side.
@@ -18,7 +18,8 @@ from flwr.app import RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 
-from vflair_flower.audit import AuditBook, Cell, CellResult, GridSettings, Subject, cells_of
+from vflair_flower.audit import AuditBook, Cell, CellResult, GridSettings, cells_of
+from vflair_flower.audit.subjects import AnySubject
 from vflair_flower.control import AUDIT
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.strategies.cells import run_cells
@@ -45,7 +46,7 @@ class LeakageAudit:
 
     Parameters
     ----------
-    subject : Subject
+    subject : Subject or ExpertSubject
         The run; its folder must be open to all nodes.
     settings : GridSettings
         Which cells.
@@ -60,7 +61,7 @@ class LeakageAudit:
         No cell can be run, or a number is out of range.
     """
 
-    def __init__(self, *, subject: Subject, settings: GridSettings, folder: Path, cells_at_once: int = 1) -> None:
+    def __init__(self, *, subject: AnySubject, settings: GridSettings, folder: Path, cells_at_once: int = 1) -> None:
         if cells_at_once < 1:
             raise ConfigurationError(f"cells_at_once is {cells_at_once}; choose 1 or more.")
         self.subject = subject

@@ -19,8 +19,8 @@ _ERRORS = Console(stderr=True)
 
 def audit(
     run: Annotated[Path, typer.Argument(help="Folder of a finished run, such as runs/latest.")],
-    attacks: Annotated[str, typer.Option(help="all, or names with blanks between: 'vmi:steps=100 bisr'.")] = "all",
-    cuts: Annotated[str, typer.Option(help="own, all, or cuts such as 'HBT 1|4|1; HT 2|4'.")] = "own",
+    attacks: Annotated[str, typer.Option(help="all, text, labels, members, or names: 'vmi:steps=100 bisr'.")] = "all",
+    cuts: Annotated[str, typer.Option(help="own, all, or such as 'HBT 1|4|1; HT 2|4', 'layer 0; layer 3'.")] = "own",
     knowledge: Annotated[str, typer.Option(help="Of exact, public, architecture.")] = "public",
     epochs: Annotated[str, typer.Option(help="Of start and end of training.")] = "end",
     seeds: Annotated[str, typer.Option(help="Numbers.")] = "0",
@@ -36,7 +36,7 @@ def audit(
 ) -> None:
     """Attack a finished run; exits with 1 if a bound is exceeded or, with a bound, if a cell failed."""
     from vflair_flower.attacks import load_attacks
-    from vflair_flower.audit import AuditBook, Bounds, GridSettings, Subject, cells_of, exceeded, run_cell
+    from vflair_flower.audit import AuditBook, Bounds, GridSettings, cells_of, exceeded, open_subject, run_cell
     from vflair_flower.audit.book import CELLS
 
     failed: dict[str, str] = {}
@@ -47,7 +47,7 @@ def audit(
             token_recall=max_token_recall, label_accuracy=max_label_accuracy, membership_auc=max_membership_auc
         )
         settings = GridSettings(attacks=attacks, cuts=cuts, knowledge=knowledge, epochs=epochs, seeds=seeds)
-        subject = Subject(run=str(run), rows=rows, auxiliary_rows=auxiliary)
+        subject = open_subject(run, rows=rows, auxiliary_rows=auxiliary)
         folder = out or subject.folder / "audit"
         cells = cells_of(settings, subject)
         if fresh:
@@ -84,16 +84,22 @@ def table_of(results: "tuple[CellResult, ...]") -> Table:
     """Return what cells gave as a table for the terminal."""
     from vflair_flower.audit.cells import main_metric
 
-    table = Table("attack", "adversary", "cut", "knows", "epoch", "seed", "n", "metric", "value", "95 %", "chance", "s")
+    table = Table("attack", "where", "knows", "what", "value (95 %)", "chance")
     for one in results:
         cell = one.cell
         metric = main_metric(cell.which.goal, list(one.figures))
         figure = one.figures.get(metric)
         told = (
-            ("–", "–", "–")
+            ("nothing", "")
             if figure is None
-            else (f"{figure.value:.3f}", f"{figure.low:.3f}–{figure.high:.3f}", f"{figure.chance:.3f}")
+            else (f"{figure.value:.3f} ({figure.low:.3f}–{figure.high:.3f})", f"{figure.chance:.3f}")
         )
-        about = (cell.attack, cell.adversary, cell.cut, cell.knowledge, cell.epoch, str(cell.seed), str(one.n))
-        table.add_row(*about, metric.replace("_", " "), *told, f"{one.seconds:.1f}")
+        seed = f", seed {cell.seed}" if cell.seed else ""
+        table.add_row(
+            cell.attack,
+            f"{cell.adversary}, {cell.cut}",
+            f"{cell.knowledge}, {cell.epoch}{seed}",
+            metric.replace("_", " "),
+            *told,
+        )
     return table

@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from simulations.run_config import read_run_config
 from vflair_flower.attacks import load_attacks
-from vflair_flower.audit import Bounds, GridSettings, Subject, cells_of
+from vflair_flower.audit import Bounds, GridSettings, cells_of, open_subject
+from vflair_flower.audit.subjects import AnySubject
 from vflair_flower.errors import ConfigurationError
 
 
@@ -83,11 +84,11 @@ class AuditSettings:
         )
 
     @property
-    def subject(self) -> Subject:
+    def subject(self) -> AnySubject:
         """The run that is audited: a name in the folder of runs, or a path."""
         named = self.runs_dir / self.audit_run
         folder = named if named.is_dir() else self.base / self.audit_run
-        return Subject(run=str(folder.resolve()), rows=self.audit_rows, auxiliary_rows=self.audit_auxiliary)
+        return open_subject(folder, rows=self.audit_rows, auxiliary_rows=self.audit_auxiliary)
 
     @property
     def num_nodes(self) -> int:

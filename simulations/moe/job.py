@@ -25,6 +25,7 @@ from simulations.moe.table import summary_lines, table_of
 from simulations.moe.texts import load_texts, pretraining_text
 from simulations.pretraining import PretrainSettings, pretrain
 from simulations.results import point_latest, versions
+from vflair_flower.audit.experts import ROWS, write_rows
 from vflair_flower.errors import CheckpointError, ConfigurationError
 from vflair_flower.partition import load_config, resolve_model
 from vflair_flower.settings import TaskKind, TaskSettings
@@ -84,11 +85,24 @@ def run_moe(grid: Grid, settings: MoeSettings, run_id: str, run_dir: Path) -> No
         "cells": [asdict(one) for one in results],
     }
     (run_dir / "result.json").write_text(json.dumps(result, indent=1))
+    _leave_rows(settings, model, run_dir)
     page = write_page(result, run_dir / "report.html")
     point_latest(run_dir)
     log(INFO, "")
     for line in summary_lines(result, page):
         log(INFO, line)
+
+
+def _leave_rows(settings: MoeSettings, model: str, run_dir: Path) -> None:
+    """Leave what audits of this job attack: the first party's texts of the first seed."""
+    texts = load_texts(settings.data_dir, settings.moe_rows, settings.moe_held_out_rows)
+    write_rows(
+        run_dir / ROWS,
+        model=model,
+        victims=texts.dealt(max(settings.parties), settings.partitions[0], settings.seeds[0])[0],
+        auxiliary=texts.all_held_out,
+        max_tokens=settings.moe_max_tokens,
+    )
 
 
 def _done(settings: MoeSettings, run_dir: Path) -> dict[Cell, CellResult]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vflair_flower.audit.cells import Cell, CellResult, main_metric
-from vflair_flower.audit.subject import Subject
+from vflair_flower.audit.subjects import AnySubject
 
 CELLS = "cells.jsonl"
 
@@ -21,13 +21,13 @@ class AuditBook:
     ----------
     folder : pathlib.Path
         Made if it does not exist.
-    subject : Subject
+    subject : Subject or ExpertSubject
         The run.
     cells : sequence of Cell
         The grid.
     """
 
-    def __init__(self, folder: Path, subject: Subject, cells: Sequence[Cell]) -> None:
+    def __init__(self, folder: Path, subject: AnySubject, cells: Sequence[Cell]) -> None:
         self.cells = tuple(cells)
         self._file = folder / CELLS
         self._subject = subject.to_json()

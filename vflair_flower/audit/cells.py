@@ -7,17 +7,17 @@ figures wherever it is run.
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from vflair_flower.attacks import Goal, HeadKnowledge, attacks, find_attack
 from vflair_flower.attacks.registry import Attack, parse_settings
 from vflair_flower.attacks.scoring import Figure
-from vflair_flower.audit.subject import Subject
-from vflair_flower.audit.views import MODEL_PARTY, adversary_of
+from vflair_flower.audit.views import HOSTS, MODEL_PARTY, adversary_of
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition import Mode, PartitionPlan
 from vflair_flower.report import AuditRow, Interval, Sentence
 from vflair_flower.settings import one_of
+from vflair_flower.spec import SplitSpec
 
 RECORDED = "recorded"
 EPOCHS = ("start", "end", RECORDED)
@@ -208,14 +208,36 @@ class GridSettings:
         return list(dict.fromkeys(named))
 
 
-def cells_of(settings: GridSettings, subject: Subject) -> list[Cell]:
+class Auditable(Protocol):
+    """What cells are made for: `Subject` or `vflair_flower.audit.experts.ExpertSubject`."""
+
+    @property
+    def spec(self) -> SplitSpec:
+        """What the parties had agreed on."""
+
+    @property
+    def bidirectional(self) -> bool:
+        """Whether a token of the model sees those behind it."""
+
+    @property
+    def adversaries(self) -> frozenset[str]:
+        """Those whose views can be had."""
+
+    def coalitions(self) -> list[str]:
+        """Return the adversaries by name, where they are hosts of experts."""
+
+    def places(self, cuts: str) -> list[str]:
+        """Return the cuts that a setting names."""
+
+
+def cells_of(settings: GridSettings, subject: Auditable) -> list[Cell]:
     """Return all cells that make sense: attacks that fit the task, the cut and what adversaries see.
 
     Parameters
     ----------
     settings : GridSettings
         What is asked for.
-    subject : Subject
+    subject : Subject or ExpertSubject
         The run.
 
     Raises
@@ -223,8 +245,8 @@ def cells_of(settings: GridSettings, subject: Subject) -> list[Cell]:
     ConfigurationError
         No attack fits; the error says why not.
     """
-    own, num_blocks = subject.spec.plan, subject.num_blocks
-    plans = plans_of(settings.cuts, own=own, num_blocks=num_blocks)
+    places = subject.places(settings.cuts)
+    own = subject.places(OWN)
     cells: set[Cell] = set()
     reasons: dict[str, str] = {}
     for text in settings.attack_list:
@@ -234,21 +256,23 @@ def cells_of(settings: GridSettings, subject: Subject) -> list[Cell]:
             reasons[which.name] = why
             continue
         adversary = adversary_of(which.sees)
-        split = adversary == MODEL_PARTY
-        chosen = [cut_text(plan, num_blocks) for plan in plans if plan.mode in which.modes] if split else [WHOLE]
-        if not chosen:
-            reasons[which.name] = f"it works at {' and '.join(mode.value for mode in which.modes)} cuts only"
-        for cut in chosen:
+        assert adversary is not None
+        who = subject.coalitions() if adversary == HOSTS else [adversary]
+        chosen = places if adversary in (HOSTS, MODEL_PARTY) else [WHOLE]
+        for at in chosen:
+            if adversary == MODEL_PARTY and parse_cut(at).mode not in which.modes:
+                reasons[which.name] = f"it works at {' and '.join(mode.value for mode in which.modes)} cuts only"
+                continue
             for knowledge in _words(settings.knowledge):
                 for epoch in _words(settings.epochs):
                     if knowledge not in which.knowledge:
                         reasons[which.name] = f"it works with {' and '.join(which.knowledge)} knowledge only"
                         continue
-                    if epoch == RECORDED and cut != cut_text(own, num_blocks):
+                    if epoch == RECORDED and (adversary != MODEL_PARTY or at not in own):
                         reasons[which.name] = "a recording is of what the model party saw, at the run's own cut"
                         continue
-                    about = {"attack": text, "adversary": adversary, "cut": cut, "knowledge": knowledge, "epoch": epoch}
-                    cells |= {Cell(**about, seed=int(seed)) for seed in _words(settings.seeds)}
+                    about = {"attack": text, "cut": at, "knowledge": knowledge, "epoch": epoch}
+                    cells |= {Cell(**about, adversary=one, seed=int(n)) for one in who for n in _words(settings.seeds)}
     if not cells:
         raise ConfigurationError(
             f"no cell of the audit can be run: {'; '.join(f'{name}: {why}' for name, why in reasons.items())}."
@@ -256,7 +280,7 @@ def cells_of(settings: GridSettings, subject: Subject) -> list[Cell]:
     return sorted(cells)
 
 
-def _unfit(which: Attack, subject: Subject) -> str:
+def _unfit(which: Attack, subject: Auditable) -> str:
     """Say why an attack cannot be run on a run at all; nothing if it can."""
     if adversary_of(which.sees) not in subject.adversaries:
         return f"nobody in this run sees a {which.sees.__name__}"

@@ -13,8 +13,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from vflair_flower.audit.cells import Cell, CellResult, main_metric, parse_cut
-from vflair_flower.audit.subject import Subject
+from vflair_flower.audit.subjects import AnySubject
 from vflair_flower.audit.template import PAGE
+from vflair_flower.audit.views import HOSTS, MODEL_PARTY
 from vflair_flower.partition import Mode
 from vflair_flower.report import numbers
 from vflair_flower.report.audits import metric_in_words, shown_sentence
@@ -28,7 +29,7 @@ COLORS = ("#b5453a", "#1f5fbf", "#e0a23c", "#5aa88f", "#7a6bb8", "#2f8f9d", "#8a
 
 
 def write_audit_page(
-    path: Path, subject: Subject, results: Sequence[CellResult], failed: Mapping[str, str] | None = None
+    path: Path, subject: AnySubject, results: Sequence[CellResult], failed: Mapping[str, str] | None = None
 ) -> Path:
     """Write the page of an audit and return its path.
 
@@ -36,7 +37,7 @@ def write_audit_page(
     ----------
     path : pathlib.Path
         Of the page.
-    subject : Subject
+    subject : Subject or ExpertSubject
         The run that was attacked.
     results : sequence of CellResult
         What came out.
@@ -146,7 +147,7 @@ def headline(lines: Sequence[Line], *, planted: int, found: int) -> str:
 def _plots(lines: Sequence[Line]) -> list[dict[str, Any]]:
     """Return a picture per mode, knowledge and metric, where there are several cuts."""
     plots = []
-    split = [line for line in lines if line.cell.cut != "-" and line.cell.adversary == "model-party"]
+    split = [line for line in lines if line.cell.adversary == MODEL_PARTY]
     groups: dict[tuple[str, str, str], list[Line]] = {}
     for line in split:
         groups.setdefault((line.metric, line.cell.knowledge, line.cell.epoch), []).append(line)
@@ -163,33 +164,71 @@ def _plots(lines: Sequence[Line]) -> list[dict[str, Any]]:
                 panels.append({"mode": mode.value, "svg": Markup(_by_cut(own, colors, ident))})
         about = {"words": metric_in_words(metric), "knowledge": knowledge, "epoch": epoch}
         plots.append({**about, "colors": colors, "panels": panels})
+    return plots + _layer_plots(lines)
+
+
+def _layer_plots(lines: Sequence[Line]) -> list[dict[str, Any]]:
+    """Return a picture per attack on hosts of experts: over layers, a line per coalition."""
+    hosts = [line for line in lines if line.cell.adversary.startswith(HOSTS)]
+    groups: dict[tuple[str, str, str, str], list[Line]] = {}
+    for line in hosts:
+        key = (line.metric, line.cell.knowledge, line.cell.epoch, line.cell.attack)
+        groups.setdefault(key, []).append(line)
+    plots = []
+    for (metric, knowledge, epoch, attack), chosen in sorted(groups.items()):
+        if len({line.cell.cut for line in chosen}) < 2:
+            continue
+        names = sorted({line.cell.adversary for line in chosen}, key=lambda name: (name.count("+"), name))
+        colors = dict(zip(names, COLORS * 3, strict=False))
+        svg = Markup(_by_layer(chosen, colors, f"{metric}-{knowledge}-{epoch}-{attack}".replace(":", "-")))
+        about = {"words": metric_in_words(metric), "knowledge": knowledge, "epoch": epoch}
+        plots.append({**about, "colors": colors, "panels": [{"mode": attack, "svg": svg}]})
     return plots
+
+
+def _by_layer(lines: Sequence[Line], colors: Mapping[str, str], ident: str) -> str:
+    """Draw what hosts get over the layers whose experts they hold."""
+    series = {
+        name: sorted((int(line.cell.cut.split()[1]), line.value, line.low, line.high) for line in own)
+        for name in colors
+        if (own := [line for line in lines if line.cell.adversary == name])
+    }
+    return _drawn(series, colors, ident, chance=max(line.chance for line in lines), axis="layer of experts")
 
 
 def _by_cut(lines: Sequence[Line], colors: Mapping[str, str], ident: str) -> str:
     """Draw what attacks get over the number of blocks that stay with the data party."""
+    series = {
+        name: sorted((parse_cut(line.cell.cut).head_blocks, line.value, line.low, line.high) for line in own)
+        for name in colors
+        if (own := [line for line in lines if line.cell.attack == name])
+    }
+    axis = "first blocks that stay with the data party"
+    return _drawn(series, colors, ident, chance=max(line.chance for line in lines), axis=axis)
+
+
+def _drawn(
+    series: Mapping[str, Sequence[tuple[int, float, float, float]]],
+    colors: Mapping[str, str],
+    ident: str,
+    *,
+    chance: float,
+    axis: str,
+) -> str:
+    """Draw lines with their bands, of place, value, low and high, beside chance."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     with style():
         figure = Figure(figsize=(4.7, 2.8))
         axes = figure.add_axes((0.11, 0.17, 0.86, 0.78))
-        depths: set[int] = set()
-        for name, color in colors.items():
-            named = [line for line in lines if line.cell.attack == name]
-            own = sorted(((parse_cut(line.cell.cut).head_blocks, line) for line in named), key=lambda pair: pair[0])
-            if not own:
-                continue
-            places = [depth for depth, _ in own]
-            depths.update(places)
-            values = [line.value for _, line in own]
-            low, high = [line.low for _, line in own], [line.high for _, line in own]
-            axes.fill_between(places, low, high, color=color, alpha=0.13, linewidth=0)
-            axes.plot(places, values, color=color, linewidth=1.8, marker="o", markersize=4)
-        chance = max(line.chance for line in lines)
+        for name, points in series.items():
+            places, values, low, high = (list(column) for column in zip(*points, strict=True))
+            axes.fill_between(places, low, high, color=colors[name], alpha=0.13, linewidth=0)
+            axes.plot(places, values, color=colors[name], linewidth=1.8, marker="o", markersize=4)
         axes.axhline(chance, color="#6b7482", linewidth=1.2, linestyle=(0, (4, 3)))
-        axes.set_xticks(sorted(depths))
-        axes.set_xlabel("first blocks that stay with the data party")
+        axes.set_xticks(sorted({point[0] for points in series.values() for point in points}))
+        axes.set_xlabel(axis)
         axes.set_ylim(-0.02, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
         quiet(axes)

@@ -12,21 +12,21 @@ from vflair_flower.attacks.registry import parse_settings
 from vflair_flower.attacks.scoring import guessed_texts, score, shows
 from vflair_flower.audit.cells import Cell, CellResult
 from vflair_flower.audit.stage import staged
-from vflair_flower.audit.subject import Subject
+from vflair_flower.audit.subjects import AnySubject
 
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 3
 
 
-def run_cell(cell: Cell, subject: Subject, *, device: torch.device | str | None = None) -> CellResult:
+def run_cell(cell: Cell, subject: AnySubject, *, device: torch.device | str | None = None) -> CellResult:
     """Run one cell of an audit.
 
     Parameters
     ----------
     cell : Cell
         What is asked.
-    subject : Subject
+    subject : Subject or ExpertSubject
         Of whom.
     device : torch.device or str, optional
         Where the adversary computes; a GPU where there is one.
@@ -35,13 +35,12 @@ def run_cell(cell: Cell, subject: Subject, *, device: torch.device | str | None 
     which, settings = cell.which, parse_settings(cell.attack)[1]
     with staged(subject, cell, device=place) as stage:
         attempt = run_attack(which, stage.view, stage.knows, seed=cell.seed, settings=settings)
-        figures = score(
-            attempt.guess, stage.truth, auxiliary=stage.knows.auxiliary, embed=sentence_embedder(), seed=cell.seed
-        )
+        guess = stage.settle(attempt.guess)
+        figures = score(guess, stage.truth, auxiliary=stage.knows.auxiliary, embed=sentence_embedder(), seed=cell.seed)
         examples: list[tuple[str, str]] = []
         found: set[str] = set()
-        if isinstance(attempt.guess, TextGuess):
-            pairs = guessed_texts(attempt.guess, stage.truth)
+        if isinstance(guess, TextGuess):
+            pairs = guessed_texts(guess, stage.truth)
             examples = pairs[:_EXAMPLES]
             texts = {row: guessed for row, (_, guessed) in zip(stage.truth.row_ids, pairs, strict=True)}
             found = {secret.value for secret in stage.truth.secrets if shows(texts[secret.row_id], secret.value)}

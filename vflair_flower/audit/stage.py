@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vflair_flower.attacks import (
+    Guess,
     HeadKnowledge,
     Knowledge,
     Phase,
@@ -24,7 +25,9 @@ from vflair_flower.attacks.rehearsal import rehearse
 from vflair_flower.attacks.scoring import Truth
 from vflair_flower.attacks.truth_log import read_truth
 from vflair_flower.audit.cells import RECORDED, WHOLE, Cell, parse_cut
+from vflair_flower.audit.experts import ExpertSubject, host_stage
 from vflair_flower.audit.subject import Subject
+from vflair_flower.audit.subjects import AnySubject
 from vflair_flower.audit.views import AGGREGATOR, MODEL_PARTY, OWNER
 from vflair_flower.errors import DataError
 from vflair_flower.partition import ModelSource, PartitionPlan
@@ -32,6 +35,10 @@ from vflair_flower.session import read_recording
 from vflair_flower.tasks import encode_task, padding_token_id
 
 _GRADIENT_ROWS = 4
+
+
+def _as_it_is(guess: Guess) -> Guess:
+    return guess
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,31 +53,39 @@ class Stage:
         Goes to the attack.
     truth : Truth
         Goes to the scorer.
+    settle : callable
+        Lays a guess out as the truth is.
     """
 
     view: object
     knows: Knowledge
     truth: Truth
+    settle: Callable[[Guess], Guess] = _as_it_is
 
 
 @contextmanager
-def staged(subject: Subject, cell: Cell, *, device: torch.device | str = "cpu") -> Iterator[Stage]:
+def staged(subject: AnySubject, cell: Cell, *, device: torch.device | str = "cpu") -> Iterator[Stage]:
     """Set the stage: let the victim run its rows in a session and put together what the adversary has.
 
     Parameters
     ----------
-    subject : Subject
+    subject : Subject or ExpertSubject
         The run.
     cell : Cell
         What is asked.
     device : torch.device or str
         Where the adversary computes.
     """
-    plan = subject.spec.plan if cell.cut == WHOLE else parse_cut(cell.cut)
-    victim = subject.source(cell.epoch)
-    view, truth = _MAKERS[cell.adversary](subject, cell, plan, victim)
     with ExitStack() as stack:
+        victim = subject.source(cell.epoch)
         source = _known(subject, cell, victim, stack)
+        if isinstance(subject, ExpertSubject):
+            seen, truth, settle = host_stage(subject, cell)
+            knows = _knowledge(subject, cell, subject.spec.plan, source, victim, truth, device)
+            yield Stage(view=seen, knows=knows, truth=truth, settle=settle)
+            return
+        plan = subject.spec.plan if cell.cut == WHOLE else parse_cut(cell.cut)
+        view, truth = _MAKERS[cell.adversary](subject, cell, plan, victim)
         knows = _knowledge(subject, cell, plan, source, victim, truth, device)
         yield Stage(view=view, knows=knows, truth=truth)
 
@@ -129,7 +144,7 @@ def _recorded(subject: Subject, cell: Cell, plan: PartitionPlan) -> tuple[SplitV
     return view, known
 
 
-def _known(subject: Subject, cell: Cell, victim: ModelSource, stack: ExitStack) -> ModelSource:
+def _known(subject: AnySubject, cell: Cell, victim: ModelSource, stack: ExitStack) -> ModelSource:
     """Return the checkpoint that the adversary's copy of the model is loaded from."""
     if cell.knowledge == HeadKnowledge.EXACT:
         return victim
@@ -139,7 +154,7 @@ def _known(subject: Subject, cell: Cell, victim: ModelSource, stack: ExitStack) 
 
 
 def _knowledge(
-    subject: Subject,
+    subject: AnySubject,
     cell: Cell,
     plan: PartitionPlan,
     source: ModelSource,

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from vflair_flower.audit.views import ADVERSARIES
+from vflair_flower.audit.cells import cut_text, plans_of
+from vflair_flower.audit.views import AGGREGATOR, MODEL_PARTY, OWNER
 from vflair_flower.errors import ConfigurationError, DataError
 from vflair_flower.partition import ModelSource, load_config, load_tokenizer, resolve_model
 from vflair_flower.partition.loading import without_reports
@@ -69,16 +70,20 @@ class Subject:
     @property
     def adversaries(self) -> frozenset[str]:
         """Those whose views can be had of this run."""
-        return frozenset(ADVERSARIES)
+        return frozenset({MODEL_PARTY, AGGREGATOR, OWNER})
+
+    def coalitions(self) -> list[str]:
+        """Return nothing: nobody hosts experts in such a run."""
+        return []
+
+    def places(self, cuts: str) -> list[str]:
+        """Return the cuts that a setting names (`GridSettings.cuts`)."""
+        plans = plans_of(cuts, own=self.spec.plan, num_blocks=self.num_blocks)
+        return [cut_text(plan, self.num_blocks) for plan in plans]
 
     def to_json(self) -> str:
         """Return the subject as JSON text."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Subject":
-        """Return what `to_json` wrote."""
-        return cls(**json.loads(text))
+        return json.dumps({"kind": "segments", **asdict(self)})
 
     @property
     def folder(self) -> Path:

@@ -19,17 +19,17 @@ PAGE = r"""<!DOCTYPE html>
 {% endif %}
 {% for plot in plots %}
 <section>
-<h2>By cut: share {{ plot.words }}</h2>
+<h2>Share {{ plot.words }}</h2>
 <p class="note">Known of the blocks that the adversary does not hold: {{ plot.knowledge }}; at the {{ plot.epoch }} of training. Bands are 95 % intervals, the dashed line is chance.</p>
 <ul class="legend">{% for name, color in plot.colors.items() %}<li><i class="line" style="--c:{{ color }}"></i>{{ name }}</li>{% endfor %}<li><i class="dashed" style="--c:#6b7482"></i>chance</li></ul>
-<div class="plots">{% for panel in plot.panels %}<figure role="img" aria-label="Share {{ plot.words }}, {{ panel.mode }}"><h3>{{ "Head-Body-Tail" if panel.mode == "HBT" else "Head-Tail" }}</h3>{{ panel.svg }}</figure>{% endfor %}</div>
+<div class="plots">{% for panel in plot.panels %}<figure role="img" aria-label="Share {{ plot.words }}, {{ panel.mode }}"><h3>{{ {"HBT": "Head-Body-Tail", "HT": "Head-Tail"}.get(panel.mode, panel.mode) }}</h3>{{ panel.svg }}</figure>{% endfor %}</div>
 </section>
 {% endfor %}
 {% if texts %}
 <section>
 <h2>What adversaries made of texts</h2>
 {% for one in texts %}
-<h3>{{ one.cell.attack }}, {{ one.cell.cut if one.cell.cut != "-" else one.cell.adversary }}</h3>
+<h3>{{ one.cell.attack }}, {{ one.cell.adversary }}, {{ one.cell.cut }}</h3>
 <table class="read"><thead><tr><th>The text, which never left its owner</th><th>What the {{ one.cell.adversary.replace("-", " ") }} made of what it saw</th></tr></thead>
 <tbody>{% for sentence in one.sentences %}<tr><td>{{ sentence.true }}</td><td>{% for word, right in sentence.words %}<span class="{{ "right" if right else "wrong" }}">{{ word }}</span>{{ " " }}{% else %}<span class="wrong">nothing</span>{% endfor %}</td></tr>{% endfor %}</tbody></table>
 {% endfor %}

@@ -21,7 +21,7 @@ from vflair_flower.settings import TaskKind
 
 @attack(
     "label-readout-expert",
-    goal=Goal.TEXT,
+    goal=Goal.LABELS,
     sees=HostView,
     paper="own; the closed form of gradient matching at a cut (Zhang et al., 'Gradient Mirage'; BiSR, arXiv "
     "2409.00960) for experts' hosts, without optimisation",
