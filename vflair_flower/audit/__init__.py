@@ -1,8 +1,8 @@
 """Audits: which attack gets what out of a finished run, cell by cell, beside its chance level.
 
 From the ground up: `cells` (what is asked and what came out), `subject` and `experts` (the run, its models and rows),
-`stage` (what an adversary sees and knows at a cell), `run` (one cell), `gate` (bounds that may not be exceeded).  Attacks
-are in `vflair_flower.attacks`; Flower jobs that run cells are `vflair_flower.strategies.LeakageAudit`.
+`stage` (what an adversary sees and knows at a cell), `run` (one cell), `gate` (bounds that may not be exceeded).
+Attacks are in `vflair_flower.attacks`; Flower jobs that run cells are `vflair_flower.strategies.LeakageAudit`.
 """
 
 from vflair_flower.audit.book import AuditBook
