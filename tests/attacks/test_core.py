@@ -2,6 +2,7 @@
 
 import gc
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from tests.attacks.conftest import shuffled
 from vflair_flower.attacks import LabelGuess, MemberGuess, TextGuess, attacks, auxiliary_texts, find_attack, run_attack
+from vflair_flower.attacks.catalogue import attacks_table
 from vflair_flower.attacks.registry import parse_settings
 from vflair_flower.attacks.scoring import Truth, guessed_texts, score
 from vflair_flower.errors import ConfigurationError, DataError
@@ -220,3 +222,8 @@ class TestVmi:
         assert right.chance < 0.05
         lost = run_attack(find_attack("vmi"), shuffled(rehearsal.view), knows, settings={"steps": 60})
         assert score(lost.guess, rehearsal.truth)["position_accuracy"].value < 0.1
+
+
+def test_the_documentation_has_every_attack_as_it_is():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "attacks.md").read_text()
+    assert page.endswith(attacks_table() + "\n")

@@ -23,7 +23,7 @@ _COPIES = 7  # Z, its gradient, Adam's two averages, the softmax, its gradient a
     "rmi",
     goal=Goal.TEXT,
     sees=SplitView,
-    paper="Song and Raghunathan, CCS 2020, section 4.1, as in VFLAIR-LLM, arXiv 2508.03097; the loss is a distance, "
+    paper="Song and Raghunathan, CCS 2020, as in VFLAIR-LLM, arXiv 2508.03097; the loss is a distance, "
     "Z begins at the seen states' cosines with the embeddings, not at 0, and the head chooses among the likeliest",
 )
 def rmi(

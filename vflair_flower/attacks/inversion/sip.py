@@ -18,7 +18,7 @@ from vflair_flower.attacks.view import SplitView
     "sip",
     goal=Goal.TEXT,
     sees=SplitView,
-    paper="Chen et al., BiSR, CCS 2024, arXiv 2409.00960, section 4.2; the network gives an embedding that is compared "
+    paper="Chen et al., BiSR, CCS 2024, arXiv 2409.00960; the network gives an embedding that is compared "
     "with the model's table, instead of a logit per token, and has a linear path, so that a thousand texts are enough",
 )
 def sip(

@@ -19,7 +19,7 @@ from vflair_flower.settings import TaskKind
     "direct-label",
     goal=Goal.LABELS,
     sees=SplitView,
-    paper="Fu et al., USENIX Security 2022, arXiv 2202.06684, section 4.1 (direct label inference); of language models "
+    paper="Fu et al., USENIX Security 2022, arXiv 2202.06684 (direct label inference); of language models "
     "it gives the text",
     during=Phase.TRAINING,
     modes=(Mode.HT,),

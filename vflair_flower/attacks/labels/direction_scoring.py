@@ -27,7 +27,7 @@ from vflair_flower.tasks import EncodedRow
     "direction-scoring",
     goal=Goal.LABELS,
     sees=SplitView,
-    paper="Li et al., ICLR 2022, arXiv 2102.08504, section 3.2 (two classes, and a row of the rarer one given: here "
+    paper="Li et al., ICLR 2022, arXiv 2102.08504 (two classes, and a row of the rarer one given: here "
     "clusters are found, and the smaller is the rarer); many classes and their names are our own",
     during=Phase.TRAINING,
     kinds=CLASSIFIES,

@@ -46,7 +46,7 @@ _PASSES_AT_ONCE = 64
     "label-readout",
     goal=Goal.LABELS,
     sees=SplitView,
-    paper="our own; the linear form of cut-layer gradient matching (BiSR, arXiv 2409.00960, section 4.3)",
+    paper="our own; the linear form of cut-layer gradient matching (BiSR, arXiv 2409.00960)",
     during=Phase.TRAINING,
     modes=(Mode.HBT,),
     kinds=CLASSIFIES_OR_WRITES,

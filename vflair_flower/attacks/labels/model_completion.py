@@ -26,7 +26,7 @@ from vflair_flower.tasks import IGNORED, Encoded, EncodedRow, EncodedText, colla
     "model-completion",
     goal=Goal.LABELS,
     sees=SplitView,
-    paper="Fu et al., USENIX Security 2022, arXiv 2202.06684, section 4.2; without unlabelled rows, and the tail sits "
+    paper="Fu et al., USENIX Security 2022, arXiv 2202.06684; without unlabelled rows, and the tail sits "
     "behind the true body, as in VFLAIR-LLM",
     modes=(Mode.HBT,),
     kinds=CLASSIFIES_OR_WRITES,

@@ -16,7 +16,7 @@ from vflair_flower.attacks.view import SplitView
     "norm-scoring",
     goal=Goal.LABELS,
     sees=SplitView,
-    paper="Li et al., ICLR 2022, arXiv 2102.08504, section 3.1; the score is the norm itself, not scaled by its batch",
+    paper="Li et al., ICLR 2022, arXiv 2102.08504; the score is the norm itself, not scaled by its batch",
     during=Phase.TRAINING,
     kinds=CLASSIFIES,
 )
