@@ -32,10 +32,10 @@ moe-full: setup ## All of it, in hours on a CPU: MOE_DATA=folder with the data s
 	@$(BIN)/python -m simulations.launch --run-config simulations/moe_full.toml --run-config "moe-data='$(MOE_DATA)' moe-pretraining-texts='$(MOE_DATA)/wikitext2'" $(if $(CONFIG),--run-config "$(CONFIG)")
 
 test: setup ## The tests that CI runs
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto --dist loadfile
 
 test-all: setup ## All tests, the slow ones too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 check: setup ## Style and types
 	$(BIN)/ruff check .

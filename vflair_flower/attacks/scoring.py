@@ -273,7 +273,7 @@ def _chance(
     special = torch.tensor(sorted(truth.tokenizer.all_special_ids))
     streams = [torch.tensor(row.input_ids) for row in auxiliary]
     sums: dict[str, list[float]] = {}
-    for _ in range(max(1, min(_CHANCE_DRAWS, 400 // max(1, len(truth.ids))))):
+    for draw in range(max(1, min(_CHANCE_DRAWS, 400 // max(1, len(truth.ids))))):
         drawn = []
         for ids in truth.ids:
             stream = torch.cat([streams[int(i)] for i in generator.integers(len(streams), size=4)])
@@ -285,7 +285,8 @@ def _chance(
             drawn.append(stream[: len(ids)])
         if not aligned:  # where rows of a guess are matched, those of chance are as well: it raises both
             drawn = list(_matched(TextGuess(ids=tuple(drawn), aligned=False, matched=matched), truth).ids)
-        rows = _text_rows(drawn, truth, aligned=aligned, embed=embed)
+        # Embedding costs far more than all else, and its mean varies little: once.
+        rows = _text_rows(drawn, truth, aligned=aligned, embed=None if draw else embed)
         for name, values in rows.shares.items():
             kept = [value for value in values if not math.isnan(value)]
             if kept:
