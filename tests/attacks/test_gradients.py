@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
+from tests.attacks.test_core import reachable
 from tests.stories import save_stories, stories_tokenizer
 from vflair_flower.attacks import (
     HeadKnowledge,
@@ -28,7 +30,7 @@ from vflair_flower.attacks.gradients.probes import span_of
 from vflair_flower.attacks.gradients.replay import Replay
 from vflair_flower.attacks.gradients.victim import gradient_rehearsal
 from vflair_flower.attacks.gradients.view import GradientView
-from vflair_flower.attacks.scoring import score
+from vflair_flower.attacks.scoring import Truth, score
 from vflair_flower.errors import ConfigurationError, DataError
 from vflair_flower.experts import expert_layer_names, load_experts
 from vflair_flower.partition import ModelSource, PartitionPlan, load_config, load_segment, load_tokenizer, resolve_model
@@ -417,3 +419,16 @@ class TestOptimisations:
         mean = sum(one["token_f1"].value for one in values) / len(values)
         chance = sum(one["token_f1"].chance for one in values) / len(values)
         assert mean < chance + 0.12, (mean, chance)
+
+
+def test_a_gradients_view_reaches_no_truth(reader):
+    view, truth = reader.send(tells_lengths=False)
+    tokens = {tuple(ids.tolist()) for ids in truth.ids}
+    found = reachable(view)
+    assert not [one for one in found if isinstance(one, Truth)]
+    integers = [one for one in found if isinstance(one, Tensor) and one.dtype == torch.int64]
+    assert all(one is view.labels for one in integers)
+    assert not [one for one in found if isinstance(one, tuple) and one in tokens]
+    assert any(isinstance(one, Truth) for one in reachable((view, truth)))  # what must be found is found
+    for one in view.gradients.values():
+        assert one.untyped_storage().nbytes() == one.numel() * one.element_size()
