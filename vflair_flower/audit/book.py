@@ -37,9 +37,9 @@ class AuditBook:
         for line in self._file.read_text().splitlines() if self._file.is_file() else []:
             try:
                 entry = json.loads(line)
-            except ValueError:  # the audit broke off while it wrote
+                one = CellResult.from_json(json.dumps(entry["result"]))
+            except (ValueError, KeyError, TypeError):  # broken off while it was written, or by another version
                 continue
-            one = CellResult.from_json(json.dumps(entry["result"]))
             if entry["subject"] == self._subject and one.cell in wanted:
                 self._done[one.cell] = one
 
