@@ -10,7 +10,7 @@ Chance for texts is not zero: it is what auxiliary texts, put in the place of th
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vflair_flower.attacks.guesses import Guess, LabelGuess, MemberGuess, TextGuess
 from vflair_flower.errors import DataError
-from vflair_flower.tasks import Encoded, Secret, mean_interval, rouge
+from vflair_flower.tasks import IGNORED, Encoded, EncodedText, Secret, mean_interval, rouge
 from vflair_flower.tasks.overlap import corpus_bleu
 from vflair_flower.tasks.scores import Places, corpus_score
 
@@ -76,6 +76,8 @@ class Truth:
         Bool [N], of candidates, whether they were trained on.
     secrets : tuple of Secret
         Planted in these rows.
+    asked : tuple of Tensor
+        Bool, for each token of a language model's rows, whether the loss asks for it; else empty.
     """
 
     ids: tuple[Tensor, ...]
@@ -85,6 +87,7 @@ class Truth:
     row_ids: tuple[str, ...] = ()
     members: Tensor | None = None
     secrets: tuple[Secret, ...] = ()
+    asked: tuple[Tensor, ...] = ()
 
     @classmethod
     def of(
@@ -108,12 +111,24 @@ class Truth:
             labels=torch.tensor(labels) if whole else None,
             row_ids=row_ids,
             secrets=tuple(secret for secret in secrets if secret.row_id in row_ids),
+            asked=_asked(encoded) if texts is None else (),
         )
+
+    def as_labels(self) -> "Truth":
+        """Return the truth of labels that are text: only tokens that the loss asks for count."""
+        if not self.asked:
+            return self
+        return replace(self, counted=tuple(c & a for c, a in zip(self.counted, self.asked, strict=True)))
 
     def text(self, ids: Tensor) -> str:
         """Return tokens as text, without special ones."""
         wanted = [int(token) for token in ids if token >= 0]
         return str(self.tokenizer.decode(wanted, skip_special_tokens=True)).strip()
+
+
+def _asked(encoded: Sequence[Encoded]) -> tuple[Tensor, ...]:
+    texts = [row for row in encoded if isinstance(row, EncodedText)]
+    return tuple(torch.tensor(row.labels) != IGNORED for row in texts) if len(texts) == len(encoded) else ()
 
 
 def score(

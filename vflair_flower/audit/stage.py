@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from vflair_flower.attacks import (
+    Goal,
     Guess,
     HeadKnowledge,
     Knowledge,
@@ -102,7 +103,8 @@ def _at_the_cut(subject: Subject, cell: Cell, plan: PartitionPlan, victim: Model
         batch_rows=subject.spec.training.batch_size,
         secrets=subject.secrets,
     )
-    return rehearsal.view, rehearsal.truth
+    truth = rehearsal.truth.as_labels() if cell.which.goal is Goal.LABELS else rehearsal.truth
+    return rehearsal.view, truth
 
 
 def _gradient(subject: Subject, cell: Cell, _plan: PartitionPlan, victim: ModelSource) -> tuple[GradientView, Truth]:
