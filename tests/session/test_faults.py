@@ -363,7 +363,7 @@ def test_lies_after_a_valid_ticket(house: House, lie: str) -> None:
     frames = [frame for chunk in wire.chunks() if (frame := assembler.feed(chunk)) is not None]
     assert frames[-1].meta["event"] == "refused"
     assert "broke the agreement" in session.lost["a"]
-    assert house.losses == [("a", session.lost["a"])]
+    assert wait_for(lambda: house.losses == [("a", session.lost["a"])])  # told after the farewell is on its way
     gate.leave.set()
     assert b.call("body", "double", X).tensors["x"].eq(2).all()
 
