@@ -44,6 +44,11 @@ def nearest_tokens(embeds_BTD: Tensor, table_VD: Tensor) -> Tensor:
     return likely_tokens(embeds_BTD, table_VD, 1)[..., 0]
 
 
+def likeness(embeds_BTD: Tensor, table_VD: Tensor) -> Tensor:
+    """Return the cosines of embeddings and all tokens', [B, T, V]."""
+    return normalize(embeds_BTD, dim=-1) @ normalize(table_VD, dim=-1).T
+
+
 def likely_tokens(embeds_BTD: Tensor, table_VD: Tensor, choices: int) -> Tensor:
     """Return the K tokens whose embeddings point the same way most, the best first, int64 [B, T, K].
 

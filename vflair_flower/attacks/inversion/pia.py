@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vflair_flower.attacks.guesses import TextGuess
-from vflair_flower.attacks.inversion.matching import nearest_tokens, row_distances
+from vflair_flower.attacks.inversion.matching import likeness, nearest_tokens, row_distances
 from vflair_flower.attacks.inversion.prefixes import Prefixes, is_causal
-from vflair_flower.attacks.inversion.proposals import likeness
-from vflair_flower.attacks.inversion.rows import Rows, batches_of, in_order
+from vflair_flower.attacks.inversion.rows import Rows, read_rows
+from vflair_flower.attacks.inversion.settling import apart_from_seen
 from vflair_flower.attacks.inversion.vocabulary_matching import relative
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, attack
@@ -76,18 +76,15 @@ def pia(
         The distance below which tokens count as found.
     """
     surrogate = knows.surrogate
-    places: list[int] = []
-    found: list[Tensor] = []
-    for rows in batches_of(view, batch_rows, device=surrogate.device):
+
+    def read(rows: Rows) -> Tensor:
         soft_BTE = _soft(surrogate, rows, steps=steps, rate=rate, pull=pull, loss=loss, tolerance=tolerance)
         near_BTK = likeness(soft_BTE, surrogate.embedding).topk(min(candidates, len(surrogate.embedding)), dim=-1)[1]
         if is_causal(surrogate):
-            ids_BT = _left_to_right(knows, rows, near_BTK, proposals)
-        else:
-            ids_BT = _sweep(surrogate, rows, near_BTK, sweeps=sweeps, tolerance=tolerance)
-        places += rows.places
-        found += [ids[mask.bool()] for ids, mask in zip(ids_BT.cpu(), rows.mask_BT.cpu(), strict=True)]
-    return TextGuess(ids=in_order(places, found))
+            return _left_to_right(knows, rows, near_BTK, proposals)
+        return _sweep(surrogate, rows, near_BTK, sweeps=sweeps, tolerance=tolerance)
+
+    return read_rows(view, batch_rows, read, device=surrogate.device)
 
 
 def _soft(
@@ -111,7 +108,7 @@ def _soft(
         schedule.step()
         if (step + 1) % _LOOK_EVERY == 0:
             nearest_BT = nearest_tokens(embeds_BTE.detach(), table_VE)
-            if bool((_apart(surrogate, rows, nearest_BT).sum(-1) < tolerance).all()):
+            if bool((apart_from_seen(surrogate, rows, nearest_BT).sum(-1) < tolerance).all()):
                 break
     return embeds_BTE.detach()
 
@@ -147,7 +144,7 @@ def _next_logits(knows: Knowledge, ids_RT: Tensor, positions_RT: Tensor) -> Tens
 def _sweep(surrogate: Surrogate, rows: Rows, near_BTK: Tensor, *, sweeps: int, tolerance: float) -> Tensor:
     """Return tokens, int64 [B, T]: one position of each row after the other, the one that fits worst first."""
     ids_BT = near_BTK[..., 0].clone()
-    apart_BT = _apart(surrogate, rows, ids_BT)
+    apart_BT = apart_from_seen(surrogate, rows, ids_BT)
     for _ in range(sweeps):
         untried_BT = rows.mask_BT.bool()
         vain_B = torch.zeros_like(ids_BT[:, 0])
@@ -161,9 +158,8 @@ def _sweep(surrogate: Surrogate, rows: Rows, near_BTK: Tensor, *, sweeps: int, t
             tried_RK = near_BTK[rows_R, worst_R]
             at_RT = one_hot(worst_R, ids_BT.shape[1]).bool()
             variants_RKT = torch.where(at_RT[:, None], tried_RK[..., None], ids_BT[rows_R][:, None])
-            apart_RKT = torch.stack(
-                [_apart(surrogate, rows, variants_RKT[:, k], rows_R) for k in range(tried_RK.shape[1])], dim=1
-            )
+            part = rows.take(rows_R)
+            apart_RKT = torch.stack([apart_from_seen(surrogate, part, ids_RT) for ids_RT in variants_RKT.unbind(1)], 1)
             best_R = apart_RKT.sum(-1).argmin(dim=1)
             every_R = torch.arange(len(rows_R), device=rows_R.device)
             better_R = apart_RKT[every_R, best_R].sum(-1) < apart_BT[rows_R].sum(-1)
@@ -171,13 +167,3 @@ def _sweep(surrogate: Surrogate, rows: Rows, near_BTK: Tensor, *, sweeps: int, t
             ids_BT[rows_R[better_R]] = variants_RKT[every_R, best_R][better_R]
             apart_BT[rows_R[better_R]] = apart_RKT[every_R, best_R][better_R]
     return ids_BT
-
-
-@torch.no_grad()
-def _apart(surrogate: Surrogate, rows: Rows, ids_RT: Tensor, rows_R: Tensor | None = None) -> Tensor:
-    """Return how far each position's state is from the seen one: squared, relative, 0 at padding, [R, T]."""
-    chosen = slice(None) if rows_R is None else rows_R
-    mask_RT, seen_RTD = rows.mask_BT[chosen], rows.hidden_BTD[chosen]
-    hidden_RTD = surrogate.head_of_ids(ids_RT, mask_RT, rows.positions_BT[chosen])
-    apart_RT = (hidden_RTD - seen_RTD).square().sum(-1) / seen_RTD.square().sum(-1).clamp_min(1e-12)
-    return apart_RT * mask_RT

@@ -13,7 +13,7 @@ from vflair_flower.attacks.guesses import NOTHING, TextGuess
 from vflair_flower.attacks.inversion.matching import nearest_tokens, row_distances
 from vflair_flower.attacks.inversion.prefixes import refuse_encoders
 from vflair_flower.attacks.inversion.proposals import Proposer
-from vflair_flower.attacks.inversion.rows import Rows, batches_of, in_order
+from vflair_flower.attacks.inversion.rows import Rows, read_rows
 from vflair_flower.attacks.inversion.vmi import invert, root_mean_square
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, Phase, attack
@@ -80,9 +80,9 @@ def pidi(
     refuse_encoders(surrogate, _NAME)
     proposer = Proposer(knows)
     written = [ids for exchange in view.exchanges for ids in _written(exchange, surrogate)]
-    places: list[int] = []
-    found: list[Tensor] = []
-    for rows in batches_of(view, batch_rows, device=surrogate.device):
+    size = rate * root_mean_square(surrogate.embedding)
+
+    def read(rows: Rows) -> Tensor:
         known_BT = torch.full_like(rows.mask_BT, NOTHING)
         for row, place in enumerate(rows.places):
             known_BT[row, : len(written[place])] = written[place].to(surrogate.device)
@@ -90,16 +90,20 @@ def pidi(
         ids_BT = _patched(
             surrogate, rows, known_BT, start_BTE, patch=patch, steps=steps, rate=rate, loss=loss, tolerance=tolerance
         )
-        if joint_steps and bool((_errors(surrogate, rows, ids_BT, rows.mask_BT) >= tolerance).any()):
-            embeds_BTE = surrogate.embedding[ids_BT]
-            size = rate * root_mean_square(surrogate.embedding)
-            moved_BT = invert(
-                surrogate, rows, embeds_BTE, steps=joint_steps, step_size=size / 4, loss=loss, tolerance=tolerance
-            )
-            ids_BT = _better(surrogate, rows, ids_BT, moved_BT)
-        places += rows.places
-        found += [ids[mask.bool()] for ids, mask in zip(ids_BT.cpu(), rows.mask_BT.cpu(), strict=True)]
-    return TextGuess(ids=in_order(places, found))
+        if not joint_steps or bool((_errors(surrogate, rows, ids_BT, rows.mask_BT) < tolerance).all()):
+            return ids_BT
+        moved_BT = invert(
+            surrogate,
+            rows,
+            surrogate.embedding[ids_BT],
+            steps=joint_steps,
+            step_size=size / 4,
+            loss=loss,
+            tolerance=tolerance,
+        )
+        return _better(surrogate, rows, ids_BT, moved_BT)
+
+    return read_rows(view, batch_rows, read, device=surrogate.device)
 
 
 @torch.no_grad()
@@ -155,12 +159,7 @@ def _patched(
         rows_R = open_BT[:, start:end].any(-1).nonzero()[:, 0]
         if not len(rows_R):
             continue
-        part = Rows(
-            places=tuple(rows.places[int(row)] for row in rows_R),
-            hidden_BTD=rows.hidden_BTD[rows_R, :end],
-            mask_BT=rows.mask_BT[rows_R, :end],
-            positions_BT=rows.positions_BT[rows_R, :end],
-        )
+        part = rows.take(rows_R).until(end)
         chosen_RT = _patch(
             surrogate,
             part,

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from vflair_flower.attacks.inversion.matching import likeness
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.surrogate import Surrogate
 from vflair_flower.tasks import Encoded
@@ -50,11 +50,6 @@ class Proposer:
     def order(self, states_ND: Tensor) -> Tensor:
         """Return all tokens for each state, int64 [N, V], the likeliest first."""
         return likeness(self.embeddings(states_ND), self._table_VE).argsort(dim=-1, descending=True)
-
-
-def likeness(embeds_NE: Tensor, table_VE: Tensor) -> Tensor:
-    """Return the cosines of embeddings and all tokens', [N, V]."""
-    return normalize(embeds_NE, dim=-1) @ normalize(table_VE, dim=-1).T
 
 
 @torch.no_grad()

@@ -6,11 +6,11 @@ the search stays among mixtures of real embeddings.  Memory is about seven times
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from vflair_flower.attacks.guesses import TextGuess
-from vflair_flower.attacks.inversion.rows import batches_of, in_order
-from vflair_flower.attacks.inversion.vmi import Choose, invert
+from vflair_flower.attacks.inversion.matching import likeness
+from vflair_flower.attacks.inversion.rows import Rows, read_rows
+from vflair_flower.attacks.inversion.vmi import Choose, invert, with_specials
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, attack
 from vflair_flower.attacks.view import SplitView
@@ -66,11 +66,9 @@ def rmi(
     def embed(scores_BTV: Tensor) -> Tensor:
         return (scores_BTV / temperature).softmax(-1) @ table_VD
 
-    places: list[int] = []
-    found: list[Tensor] = []
-    for rows in batches_of(view, batch_rows, device=knows.surrogate.device):
-        alike_BTV = normalize(rows.hidden_BTD, dim=-1) @ normalize(table_VD, dim=-1).T
-        ids_BT = invert(
+    def read(rows: Rows) -> Tensor:
+        alike_BTV = likeness(rows.hidden_BTD, table_VD)
+        return invert(
             knows.surrogate,
             rows,
             alike_BTV if start == "seen" else torch.zeros_like(alike_BTV),
@@ -81,15 +79,13 @@ def rmi(
             loss=loss,
             tolerance=tolerance,
         )
-        places += rows.places
-        found += rows.split(ids_BT)
-    return TextGuess(ids=in_order(places, found))
+
+    return read_rows(view, batch_rows, read, device=knows.surrogate.device)
 
 
 def _likeliest(choices: int, special_ids: frozenset[int]) -> Choose:
     def choose(scores_BTV: Tensor, _: Tensor) -> Tensor:
         likely_BTK = scores_BTV.topk(min(choices, scores_BTV.shape[-1]), dim=-1).indices
-        special_S = torch.tensor(sorted(special_ids), dtype=torch.int64, device=scores_BTV.device)
-        return torch.cat([likely_BTK, special_S.expand(*likely_BTK.shape[:2], -1)], dim=-1)
+        return with_specials(likely_BTK, special_ids)
 
     return choose

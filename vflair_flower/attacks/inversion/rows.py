@@ -4,12 +4,13 @@ B rows, T tokens, D hidden.  Invariant: padding is on the right here, whichever 
 tokens keep the positions that they had.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from vflair_flower.attacks.guesses import TextGuess
 from vflair_flower.attacks.view import SplitView
 
 
@@ -43,6 +44,15 @@ class Rows:
             positions_BT=self.positions_BT[kept],
         )
 
+    def until(self, end: int) -> "Rows":
+        """Return the rows without what stands at a place or behind it."""
+        return Rows(
+            places=self.places,
+            hidden_BTD=self.hidden_BTD[:, :end],
+            mask_BT=self.mask_BT[:, :end],
+            positions_BT=self.positions_BT[:, :end],
+        )
+
     def split(self, ids_BT: Tensor) -> list[Tensor]:
         """Return each row's own tokens, without padding, on the CPU."""
         return [ids[mask.bool()] for ids, mask in zip(ids_BT.cpu(), self.mask_BT.cpu(), strict=True)]
@@ -58,6 +68,26 @@ def batches_of(view: SplitView, rows: int, *, device: torch.device | str = "cpu"
     found.sort(key=lambda one: len(one[1]))
     for start in range(0, len(found), rows):
         yield _padded(found[start : start + rows], device)
+
+
+def read_rows(
+    view: SplitView, rows: int, read: Callable[[Rows], Tensor], *, device: torch.device | str = "cpu"
+) -> TextGuess:
+    """Return a guess at all rows of a view, read in batches of at most `rows`.
+
+    Parameters
+    ----------
+    view, rows, device
+        As of `batches_of`.
+    read : callable
+        Returns a batch's tokens, int64 [B, T]; what stands at padding is not looked at.
+    """
+    places: list[int] = []
+    found: list[Tensor] = []
+    for batch in batches_of(view, rows, device=device):
+        found += batch.split(read(batch))
+        places += batch.places
+    return TextGuess(ids=in_order(places, found))
 
 
 def in_order(places: Sequence[int], ids: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -43,7 +43,7 @@ def settle(
         Bool [B], which rows are settled.
     """
     ids_BT = choices_BTK[..., 0].clone()
-    apart_BT = _apart(surrogate, rows, ids_BT, loss)
+    apart_BT = apart_from_seen(surrogate, rows, ids_BT, loss)
     for _ in range(_ROUNDS):
         todo = (apart_BT >= tolerance).any(-1).nonzero()[:, 0]
         if not len(todo):
@@ -53,11 +53,11 @@ def settle(
         best_BT, best_apart_BT = ids_BT[todo], apart_BT[todo]
         for k in range(choices_BTK.shape[-1]):
             tried_BT = torch.where(open_BT, choices_BTK[todo, :, k], ids_BT[todo])
-            tried_apart_BT = _apart(surrogate, part, tried_BT, loss)
+            tried_apart_BT = apart_from_seen(surrogate, part, tried_BT, loss)
             better_BT = open_BT & (tried_apart_BT < best_apart_BT)
             best_BT = torch.where(better_BT, tried_BT, best_BT)
             best_apart_BT = torch.where(better_BT, tried_apart_BT, best_apart_BT)
-        together_BT = _apart(surrogate, part, best_BT, loss)
+        together_BT = apart_from_seen(surrogate, part, best_BT, loss)
         better_B = together_BT.sum(-1) < apart_BT[todo].sum(-1)
         if not bool(better_B.any()):
             break
@@ -66,6 +66,8 @@ def settle(
     return ids_BT, (apart_BT < tolerance).all(-1)
 
 
-def _apart(surrogate: Surrogate, rows: Rows, ids_BT: Tensor, loss: str) -> Tensor:
+@torch.no_grad()
+def apart_from_seen(surrogate: Surrogate, rows: Rows, ids_BT: Tensor, loss: str = "mse") -> Tensor:
+    """Return how far the state of each of some tokens is from the seen one, [B, T]; 0 at padding."""
     hidden_BTD = surrogate.head_of_ids(ids_BT, rows.mask_BT, rows.positions_BT)
     return token_distances(hidden_BTD, rows.hidden_BTD, loss) * rows.mask_BT

@@ -3,12 +3,10 @@
 B rows, T tokens, K choices.  It never looks at the head again once it is trained: one forward pass per batch.
 """
 
-from torch import Tensor
-
 from vflair_flower.attacks.guesses import TextGuess
 from vflair_flower.attacks.inversion.inverter import read
 from vflair_flower.attacks.inversion.inverter_training import train_inverter
-from vflair_flower.attacks.inversion.rows import batches_of, in_order
+from vflair_flower.attacks.inversion.rows import read_rows
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, attack
 from vflair_flower.attacks.view import SplitView
@@ -47,10 +45,10 @@ def sip(
         Rows read at once.
     """
     trained = train_inverter(knows, kind=inverter, epochs=epochs, texts=texts)
-    places: list[int] = []
-    found: list[Tensor] = []
-    for rows in batches_of(view, batch_rows, device=knows.surrogate.device):
-        ids_BTK = read(trained, rows.hidden_BTD, rows.mask_BT, knows.surrogate.embedding)
-        places += rows.places
-        found += rows.split(ids_BTK[..., 0])
-    return TextGuess(ids=in_order(places, found))
+    table_VD = knows.surrogate.embedding
+    return read_rows(
+        view,
+        batch_rows,
+        lambda rows: read(trained, rows.hidden_BTD, rows.mask_BT, table_VD)[..., 0],
+        device=knows.surrogate.device,
+    )

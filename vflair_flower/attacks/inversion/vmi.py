@@ -13,7 +13,7 @@ from torch import Tensor
 from vflair_flower.attacks.guesses import TextGuess
 from vflair_flower.attacks.inversion.descent import RowDescent
 from vflair_flower.attacks.inversion.matching import likely_tokens, row_distances
-from vflair_flower.attacks.inversion.rows import Rows, batches_of, in_order
+from vflair_flower.attacks.inversion.rows import Rows, read_rows
 from vflair_flower.attacks.inversion.settling import settle
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, attack
@@ -69,13 +69,12 @@ def vmi(
         The distance below which a token counts as found; 0 turns the early stop off.
     """
     one_of("start", start, ("seen", "mean"))
-    places: list[int] = []
-    found: list[Tensor] = []
     table_VD = knows.surrogate.embedding
-    for rows in batches_of(view, batch_rows, device=knows.surrogate.device):
+    choose = near_choices(table_VD, choices, knows.special_ids)
+
+    def read(rows: Rows) -> Tensor:
         start_BTD = sized(rows.hidden_BTD, table_VD) if start == "seen" else table_VD.mean(0).expand_as(rows.hidden_BTD)
-        choose = near_choices(table_VD, choices, knows.special_ids)
-        ids_BT = invert(
+        return invert(
             knows.surrogate,
             rows,
             start_BTD,
@@ -85,9 +84,8 @@ def vmi(
             loss=loss,
             tolerance=tolerance,
         )
-        places += rows.places
-        found += rows.split(ids_BT)
-    return TextGuess(ids=in_order(places, found))
+
+    return read_rows(view, batch_rows, read, device=knows.surrogate.device)
 
 
 Choose = Callable[[Tensor, Tensor], Tensor]
@@ -150,13 +148,17 @@ def invert(
 
 def near_choices(table_VD: Tensor, choices: int, special_ids: frozenset[int]) -> Choose:
     """Return a `Choose` of the nearest tokens and all special ones, which an adversary knows to be somewhere."""
-    special_S = torch.tensor(sorted(special_ids), dtype=torch.int64, device=table_VD.device)
 
     def choose(embeds_BTD: Tensor, _: Tensor) -> Tensor:
-        near_BTK = likely_tokens(embeds_BTD, table_VD, choices)
-        return torch.cat([near_BTK, special_S.expand(*near_BTK.shape[:2], -1)], dim=-1)
+        return with_specials(likely_tokens(embeds_BTD, table_VD, choices), special_ids)
 
     return choose
+
+
+def with_specials(choices_BTK: Tensor, special_ids: frozenset[int]) -> Tensor:
+    """Return choices with all special tokens behind them at every place."""
+    special_S = torch.tensor(sorted(special_ids), dtype=torch.int64, device=choices_BTK.device)
+    return torch.cat([choices_BTK, special_S.expand(*choices_BTK.shape[:2], -1)], dim=-1)
 
 
 def sized(hidden_BTD: Tensor, table_VD: Tensor) -> Tensor:

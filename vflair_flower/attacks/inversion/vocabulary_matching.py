@@ -16,7 +16,7 @@ from torch import Tensor
 from vflair_flower.attacks.guesses import TextGuess
 from vflair_flower.attacks.inversion.prefixes import Prefixes, refuse_encoders
 from vflair_flower.attacks.inversion.proposals import Proposer
-from vflair_flower.attacks.inversion.rows import Rows, batches_of, in_order
+from vflair_flower.attacks.inversion.rows import Rows, read_rows
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, attack
 from vflair_flower.attacks.surrogate import Surrogate
@@ -77,14 +77,11 @@ def vocabulary_matching(
     search = _Search(
         proposer=proposer, bound=bound, most=candidates or len(knows.surrogate.embedding), at_once=tokens_at_once
     )
-    places: list[int] = []
-    found: list[Tensor] = []
-    for rows in batches_of(view, batch_rows, device=knows.surrogate.device):
-        ids_BT = _read(knows.surrogate, rows, search)
-        places += rows.places
-        found += [ids[mask.bool()] for ids, mask in zip(ids_BT.cpu(), rows.mask_BT.cpu(), strict=True)]
+    guess = read_rows(
+        view, batch_rows, lambda rows: _read(knows.surrogate, rows, search), device=knows.surrogate.device
+    )
     search.report()
-    return TextGuess(ids=in_order(places, found))
+    return guess
 
 
 @torch.no_grad()
