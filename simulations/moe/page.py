@@ -3,20 +3,19 @@
 Colours are one per method throughout; names are escaped by jinja2.
 """
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from simulations.moe.table import TITLES
 from simulations.moe.template import PAGE
 from vflair_flower.report import numbers
-from vflair_flower.report.figures import embedded, quiet, style
+from vflair_flower.report.figures import quiet, style, svg_of
 from vflair_flower.report.page import STYLE
+from vflair_flower.report.pages import page_environment
 
 COLORS = {
     "centralised": "#6b7482",
@@ -37,9 +36,7 @@ _PARTS = (("parameters", "#1f5fbf"), ("gradients", "#8fb6ea"), ("optimizer", "#e
 
 def write_page(result: dict[str, Any], path: Path) -> Path:
     """Write the page of a `result.json` and return its path."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    for name in ("count", "large", "size", "percent", "duration"):
-        environment.filters[name] = getattr(numbers, name)
+    environment = page_environment()
     environment.filters["spread"] = _spread
     compared = [line for line in result["table"] if line["method"] != "centralised"]
     partitions = sorted({line["partition"] for line in compared or result["table"]})
@@ -120,7 +117,7 @@ def _curves(lines: Sequence[dict[str, Any]], ident: str) -> str:
         axes.set_yscale("log")
         _plain_ticks(axes, [value for line in lines for _, value in line["curve"]])
         quiet(axes)
-        return _svg(figure, ident)
+        return svg_of(figure, ident)
 
 
 def _by_parties(lines: Sequence[dict[str, Any]], ident: str) -> str:
@@ -153,7 +150,7 @@ def _by_parties(lines: Sequence[dict[str, Any]], ident: str) -> str:
         axes.set_yscale("log")
         _plain_ticks(axes, values)
         quiet(axes)
-        return _svg(figure, ident)
+        return svg_of(figure, ident)
 
 
 def _plain_ticks(axes: Any, values: Sequence[float]) -> None:
@@ -163,12 +160,6 @@ def _plain_ticks(axes: Any, values: Sequence[float]) -> None:
     axes.set_yticks(marks, [f"{mark:g}" for mark in marks])
     axes.minorticks_off()
     axes.set_ylim(low / 1.05, high * 1.05)
-
-
-def _svg(figure: Any, ident: str) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    return embedded(text.getvalue(), ident)
 
 
 def _memory(moe: dict[str, Any]) -> list[dict[str, Any]]:

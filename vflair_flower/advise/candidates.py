@@ -104,6 +104,7 @@ def candidates(company: Company, source: ModelSource) -> Iterator[Candidate]:
     """
     task = task_of(company)
     blocks = num_blocks(load_config(source, task))
+    activations = block_activation_bytes(company, source, task)
     for plan in plans(blocks):
         for tuning, quantization in _TUNINGS:
             try:
@@ -119,7 +120,7 @@ def candidates(company: Company, source: ModelSource) -> Iterator[Candidate]:
             except (PartitionError, ModelError, ConfigurationError):
                 continue
             for codec in _CODECS:
-                yield _candidate(company, source, task, plan, tuning, quantization, codec, numbers)
+                yield _candidate(company, plan, tuning, quantization, codec, numbers, activations)
 
 
 def plans(blocks: int) -> list[PartitionPlan]:
@@ -143,16 +144,14 @@ def task_of(company: Company) -> TaskSettings:
 
 def _candidate(
     company: Company,
-    source: ModelSource,
-    task: TaskSettings,
     plan: PartitionPlan,
     tuning: str,
     quantization: str,
     codec: str,
     numbers: Footprint,
+    activations: int,
 ) -> Candidate:
     own_blocks = plan.head_blocks + plan.tail_blocks
-    activations = block_activation_bytes(company, source, task)
     share = WIRE_DTYPES[codec].itemsize / WIRE_DTYPES["float32"].itemsize
     # Gradients of heads and tails are averaged at every step, in float32, where there are several parties.
     averaged = 2 * 4 * numbers.data_party.trained if company.parties > 1 else 0

@@ -3,13 +3,11 @@
 No script, nothing fetched; all names and texts are escaped by jinja2.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from vflair_flower.audit.cells import Cell, CellResult, parse_cut
@@ -19,9 +17,10 @@ from vflair_flower.audit.views import HOSTS, MODEL_PARTY
 from vflair_flower.partition import Mode
 from vflair_flower.report import numbers
 from vflair_flower.report.audits import metric_in_words, shown_sentence
-from vflair_flower.report.figures import embedded, quiet, style
+from vflair_flower.report.figures import quiet, style, svg_of
 from vflair_flower.report.files import write_atomically
 from vflair_flower.report.page import STYLE
+from vflair_flower.report.pages import page_environment
 from vflair_flower.report.result import Sentence
 from vflair_flower.tasks import seed_interval
 
@@ -44,22 +43,23 @@ def write_audit_page(
     failed : mapping of str to str, optional
         Cells that failed, and why.
     """
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    for name in ("count", "counted", "percent", "duration", "size"):
-        environment.filters[name] = getattr(numbers, name)
     lines = lines_of(results)
     planted = max((one.planted_secrets for one in results), default=0)
     found = {secret for one in results for secret in one.found_secrets}
-    page = environment.from_string(PAGE).render(
-        style=Markup(STYLE),
-        subject=subject,
-        headline=headline(lines, planted=planted, found=len(found)),
-        plots=_plots(lines),
-        lines=lines,
-        texts=_texts(results),
-        failed=dict(failed or {}),
-        planted=planted,
-        found=len(found),
+    page = (
+        page_environment()
+        .from_string(PAGE)
+        .render(
+            style=Markup(STYLE),
+            subject=subject,
+            headline=headline(lines, planted=planted, found=len(found)),
+            plots=_plots(lines),
+            lines=lines,
+            texts=_texts(results),
+            failed=dict(failed or {}),
+            planted=planted,
+            found=len(found),
+        )
     )
     write_atomically(path, page)
     return path
@@ -232,9 +232,7 @@ def _drawn(
         axes.set_ylim(-0.02, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
         quiet(axes)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        return embedded(text.getvalue(), ident)
+        return svg_of(figure, ident)
 
 
 def _texts(results: Sequence[CellResult]) -> list[dict[str, Any]]:

@@ -3,12 +3,10 @@
 No script, nothing fetched; all names are escaped by jinja2.
 """
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from vflair_flower.benchmark.leaderboard import RANKED, Entry, Scored, rank, score_cells
@@ -16,9 +14,10 @@ from vflair_flower.benchmark.matrix import NONE, Matrix
 from vflair_flower.benchmark.results import BenchResult
 from vflair_flower.benchmark.template import PAGE
 from vflair_flower.report import numbers
-from vflair_flower.report.figures import embedded, quiet, style
+from vflair_flower.report.figures import quiet, style, svg_of
 from vflair_flower.report.files import write_atomically
 from vflair_flower.report.page import STYLE
+from vflair_flower.report.pages import page_environment
 
 RESULTS, LEADERBOARD, TABLE = "results.jsonl", "leaderboard.html", "leaderboard.md"
 _COLORS = ("#1f5fbf", "#b5453a", "#e0a23c", "#5aa88f", "#7a6bb8", "#2f8f9d", "#8a4b08", "#c8657b", "#1f6f4f", "#8fb6ea")
@@ -50,22 +49,24 @@ def write_leaderboard(
     write_atomically(folder / RESULTS, "".join(json.dumps(one.to_row()) + "\n" for one in scored))
     entries = rank(scored)
     write_atomically(folder / TABLE, table_of(entries))
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    for name in ("count", "counted", "percent", "duration", "size"):
-        environment.filters[name] = getattr(numbers, name)
     colors = _colors(entries)
-    page = environment.from_string(PAGE).render(
-        style=Markup(STYLE),
-        matrix=matrix,
-        entries=entries,
-        headline=headline(entries),
-        attacks=list(dict.fromkeys(attack for entry in entries for attack in entry.ap)),
-        by_setting=_by_setting(scored),
-        plots=_plots(scored, colors),
-        colors=colors,
-        places=_places(colors),
-        failed=dict(failed or {}),
-        cells=len(scored),
+    by_setting = _by_setting(scored)
+    page = (
+        page_environment()
+        .from_string(PAGE)
+        .render(
+            style=Markup(STYLE),
+            matrix=matrix,
+            entries=entries,
+            headline=headline(entries),
+            attacks=list(dict.fromkeys(attack for entry in entries for attack in entry.ap)),
+            by_setting=[{"name": name, "entries": own} for name, own in by_setting.items()],
+            plots=_plots(by_setting, colors),
+            colors=colors,
+            places=_places(colors),
+            failed=dict(failed or {}),
+            cells=len(scored),
+        )
     )
     write_atomically(folder / LEADERBOARD, page)
     return folder / LEADERBOARD
@@ -134,22 +135,18 @@ def _places(colors: Mapping[str, str]) -> dict[str, int]:
     return {name: place for place, name in enumerate(colors)}
 
 
-def _by_setting(scored: Sequence[Scored]) -> list[dict[str, object]]:
+def _by_setting(scored: Sequence[Scored]) -> dict[str, list[Entry]]:
     """Return the ranking within each setting."""
     names = dict.fromkeys(one.result.cell.setting for one in scored)
-    return [
-        {"name": name, "entries": rank([one for one in scored if one.result.cell.setting == name])} for name in names
-    ]
+    return {name: rank([one for one in scored if one.result.cell.setting == name]) for name in names}
 
 
-def _plots(scored: Sequence[Scored], colors: Mapping[str, str]) -> list[dict[str, object]]:
+def _plots(by_setting: Mapping[str, list[Entry]], colors: Mapping[str, str]) -> list[dict[str, object]]:
     """Return a picture per setting and type of attack: what is left of the task over what is read at worst."""
     plots: list[dict[str, object]] = []
-    names = list(dict.fromkeys(one.result.cell.setting for one in scored))
     for goal, words in _GOALS.items():
         panels = []
-        for place, name in enumerate(names):
-            entries = rank([one for one in scored if one.result.cell.setting == name])
+        for place, (name, entries) in enumerate(by_setting.items()):
             points = [
                 (entry, max(value for attack, value in entry.ap.items() if entry.goals[attack] == goal))
                 for entry in entries
@@ -178,6 +175,7 @@ def _pareto(points: Sequence[tuple[Entry, float]], colors: Mapping[str, str], id
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
+    numbers_of = _places(colors)
     with style():
         figure = Figure(figsize=(4.7, 3.0))
         axes = figure.add_axes((0.11, 0.16, 0.86, 0.8))
@@ -195,7 +193,7 @@ def _pareto(points: Sequence[tuple[Entry, float]], colors: Mapping[str, str], id
             )
             if entry.best and not plain:
                 axes.annotate(
-                    str(_places(colors)[entry.defence]),
+                    str(numbers_of[entry.defence]),
                     (read, entry.mp),
                     xytext=(4, 3),
                     textcoords="offset points",
@@ -210,6 +208,4 @@ def _pareto(points: Sequence[tuple[Entry, float]], colors: Mapping[str, str], id
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(PercentFormatter(xmax=1, decimals=0, symbol=" %"))
         quiet(axes)
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-        return embedded(text.getvalue(), ident)
+        return svg_of(figure, ident)

@@ -43,6 +43,8 @@ class Secret:
     @classmethod
     def kept(cls, path: Path) -> "Secret":
         """Return the one that a file holds; made at the first call, readable by its owner alone."""
+        if path.exists():
+            return cls(path.read_bytes())
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(f".{os.getpid()}.part")
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)

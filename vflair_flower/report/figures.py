@@ -68,7 +68,7 @@ def curves(curves: Sequence[Curve], *, ident: str, rounds: Sequence[int], fracti
             axes.set_ylim(0, 1.06 * max([*known, 1e-9]))
         axes.set_xlabel("round")
         quiet(axes)
-        return _svg(figure, ident)
+        return svg_of(figure, ident)
 
 
 def stacked_bars(parts: Mapping[str, Sequence[float]], *, ident: str, rounds: Sequence[int]) -> str:
@@ -89,7 +89,7 @@ def stacked_bars(parts: Mapping[str, Sequence[float]], *, ident: str, rounds: Se
         axes.set_xlabel("round")
         axes.yaxis.set_major_formatter("{x:g} s")
         quiet(axes)
-        return _svg(figure, ident)
+        return svg_of(figure, ident)
 
 
 def style() -> AbstractContextManager[None]:
@@ -136,7 +136,7 @@ def quiet(axes: object) -> None:
     axes.set_axisbelow(True)
 
 
-def _svg(figure: object, ident: str) -> str:
+def svg_of(figure: object, ident: str) -> str:
     """Return the picture as an element that can stand beside others in one page."""
     from matplotlib.figure import Figure
 

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from vflair_flower.report import figures, numbers
@@ -17,6 +16,7 @@ from vflair_flower.report.audits import shown_audit
 from vflair_flower.report.files import write_atomically
 from vflair_flower.report.observers import NO_ONE, grave_rows, is_second_leg, on_one_machine, tensor_name, turn
 from vflair_flower.report.page import PAGE, STYLE
+from vflair_flower.report.pages import page_environment
 from vflair_flower.report.result import ObserverRow, PartySummary, Result, RoundSummary, TrafficEntry
 from vflair_flower.report.wording import commonest, headline, shown_name, verdict
 
@@ -57,39 +57,34 @@ def build_report(run_dir: Path) -> Path:
 
 def render(result: Result) -> str:
     """Return the page of `result` as HTML."""
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in ("count", "counted", "large", "size", "percent", "points", "interval", "duration", "setting"):
-        environment.filters[name] = getattr(numbers, name)
-    environment.globals["share"] = numbers.share
-    return environment.from_string(PAGE).render(
-        result=result,
-        style=Markup(STYLE),
-        headline=headline(result),
-        verdict=verdict(result.metric),
-        metric_name=shown_name(result.metric),
-        commonest=commonest(result.metric),
-        parts=_parts(result),
-        loss_figure=_loss_figure(result.rounds),
-        metric_figure=_metric_figure(result),
-        time_figure=_time_figure(result.rounds),
-        time_parts=_legend(_second_parts(result.rounds)),
-        has_unsplit_loss=any(summary.unsplit_loss is not None for summary in result.rounds),
-        has_unsplit_metric=any(summary.unsplit_metric is not None for summary in result.rounds),
-        losses=[summary for summary in result.rounds if summary.lost_parties],
-        memory_parts=list(zip(_MEMORY_PARTS, figures.PARTS, strict=False)),
-        largest_memory=max(1, *(party.peak_memory_bytes for party in result.parties)),
-        flows=_flows(result),
-        one_machine=on_one_machine(result.observers),
-        graves=grave_rows(result.observers),
-        audits=[shown_audit(row) for row in result.audit],
-        observer_groups=_by_observer(row for row in result.observers if row.observer != NO_ONE),
-        hidden_from_all=[row for row in result.observers if row.observer == NO_ONE],
-        colors={"split": figures.BLUE, "unsplit": figures.AMBER, "majority": figures.GREY},
+    return (
+        page_environment()
+        .from_string(PAGE)
+        .render(
+            result=result,
+            style=Markup(STYLE),
+            headline=headline(result),
+            verdict=verdict(result.metric),
+            metric_name=shown_name(result.metric),
+            commonest=commonest(result.metric),
+            parts=_parts(result),
+            loss_figure=_loss_figure(result.rounds),
+            metric_figure=_metric_figure(result),
+            time_figure=_time_figure(result.rounds),
+            time_parts=_legend(_second_parts(result.rounds)),
+            has_unsplit_loss=any(summary.unsplit_loss is not None for summary in result.rounds),
+            has_unsplit_metric=any(summary.unsplit_metric is not None for summary in result.rounds),
+            losses=[summary for summary in result.rounds if summary.lost_parties],
+            memory_parts=list(zip(_MEMORY_PARTS, figures.PARTS, strict=False)),
+            largest_memory=max(1, *(party.peak_memory_bytes for party in result.parties)),
+            flows=_flows(result),
+            one_machine=on_one_machine(result.observers),
+            graves=grave_rows(result.observers),
+            audits=[shown_audit(row) for row in result.audit],
+            observer_groups=_by_observer(row for row in result.observers if row.observer != NO_ONE),
+            hidden_from_all=[row for row in result.observers if row.observer == NO_ONE],
+            colors={"split": figures.BLUE, "unsplit": figures.AMBER, "majority": figures.GREY},
+        )
     )
 
 
