@@ -1,6 +1,5 @@
 """One cell: the main job with one defence and seed, in this process, and then all attacks of the matrix on it."""
 
-import importlib
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -8,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from flwr.app import Context, RecordDict
 
-from simulations.local_grid import LocalGrid
-from simulations.moe.methods import quiet_flower
+from simulations.in_process import run_main_job
 from simulations.settings import JobSettings
 from vflair_flower.audit import CellResult, Subject, cells_of, run_cell
 from vflair_flower.benchmark import AttackFigure, BenchCell, BenchResult, Matrix
+from vflair_flower.errors import ConfigurationError
 from vflair_flower.report import Result
 
 _JOB = "cell"
@@ -33,8 +31,6 @@ def check_matrix(matrix: Matrix, defaults: Mapping[str, Any]) -> None:
     """Find what is wrong with the settings of all cells before anything is trained; raises ConfigurationError."""
     unknown = sorted({key for keys in matrix.settings.values() for key in keys} - set(defaults))
     if unknown:
-        from vflair_flower.errors import ConfigurationError
-
         raise ConfigurationError(
             f"the matrix {matrix.name!r} sets {unknown[0]!r}, which is no key of the main job. Correct the name."
         )
@@ -58,7 +54,7 @@ def run_bench_cell(cell: BenchCell, matrix: Matrix, defaults: Mapping[str, Any],
     work_dir = Path(tempfile.mkdtemp(prefix="vflair-bench-"))
     try:
         config = {**job_config(cell, matrix, defaults), "runs": str(work_dir), "threads": 0, "body-threads": 0}
-        _train(config)
+        run_main_job(config)
         folder = work_dir / _JOB
         result = Result.read(folder / "result.json")
         subject = Subject(run=str(folder), rows=matrix.audit_rows, auxiliary_rows=matrix.auxiliary)
@@ -85,20 +81,6 @@ def run_bench_cell(cell: BenchCell, matrix: Matrix, defaults: Mapping[str, Any],
         sent_bytes=result.traffic.total_bytes,
         settings={key: config[key] for key in sorted({*_SAID, *matrix.settings[cell.setting]})},
     )
-
-
-def _train(config: dict[str, Any]) -> None:
-    """Run the main job on a grid of this process."""
-    server = importlib.import_module("simulations.server_app")  # which knows this job, too
-    client = importlib.import_module("simulations.client_app")
-    count = JobSettings.from_run_config(config).num_nodes
-    nodes = [{"partition-id": index, "num-partitions": count} for index in range(count)]
-    grid = LocalGrid(client.app, nodes, config)
-    try:
-        with quiet_flower():
-            server.app(grid, Context(1, 1, {}, RecordDict(), config))
-    finally:
-        grid.close()
 
 
 def _figure(found: CellResult) -> AttackFigure:

@@ -22,8 +22,9 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import AutoModelForCausalLM, OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
+from simulations.in_process import quiet_flower
 from simulations.local_grid import LocalGrid, ProcessGrid
-from simulations.moe.methods import WRITE, load_whole, quiet_flower
+from simulations.moe.methods import WRITE, load_whole
 from simulations.moe.party import PeakSampler, made_up_batch, warm_up
 from vflair_flower.clients import ExpertParty, PartyRows, expert_session
 from vflair_flower.clients.store import PartyStore

@@ -18,11 +18,9 @@ J rows are in the joined batch, n parties: centralised training takes J rows a s
 """
 
 import copy
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +33,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from simulations.baseline import JoinedOrder
+from simulations.in_process import quiet_flower
 from simulations.local_grid import LocalGrid
 from simulations.moe.choices import perplexity, row_likelihoods
 from vflair_flower.clients import ExpertParty, PartyRows
@@ -182,18 +181,6 @@ class _Learner:
             optimizer=optimizer_bytes(self.optimizer),
             activations=self.meter.peak_bytes,
         )
-
-
-@contextmanager
-def quiet_flower() -> Iterator[None]:
-    """Keep strategies from writing their progress, which is not that of the job."""
-    logger = logging.getLogger("flwr")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def load_whole(folder: str) -> PreTrainedModel:
