@@ -1,7 +1,5 @@
 """`vflair advise`: from what a company has and accepts to a job file, with the evidence."""
 
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +8,7 @@ import typer
 from rich.console import Console
 
 from vflair_flower.errors import ConfigurationError, VflairError
+from vflair_flower.project import run_job
 
 if TYPE_CHECKING:
     from vflair_flower.advise import Advice, Candidate, Company, Evidence
@@ -61,15 +60,12 @@ def _show(advice: "Advice", out: Path | None) -> None:
 
 def _own_results() -> list[Path]:
     """Return the results that the project's documentation shows, where the project is here."""
-    import vflair_flower
-
-    file = Path(vflair_flower.__file__).resolve().parents[1] / "docs" / "benchmark" / "results.jsonl"
+    file = Path(__file__).resolve().parents[1] / "docs" / "benchmark" / "results.jsonl"
     return [file] if file.is_file() else []
 
 
 def _measured(company: "Company", found: "list[Candidate]", defences: str) -> "list[Evidence]":
     """Run a small matrix at the cheapest cuts that fit, and read what it gave."""
-    import vflair_flower
     from vflair_flower.advise import read_evidence
     from vflair_flower.benchmark.page import RESULTS
 
@@ -80,13 +76,11 @@ def _measured(company: "Company", found: "list[Candidate]", defences: str) -> "l
             "memory, a faster link, or more time per step."
         )
     cuts = list({(one.plan.mode, one.plan.head_blocks): one for one in reversed(fit)}.values())[-_MEASURED_CUTS:]
-    root = Path(vflair_flower.__file__).resolve().parents[1]
     with tempfile.TemporaryDirectory(prefix="vflair-advise-") as folder:
         matrix = Path(folder) / "measure.toml"
         matrix.write_text(_matrix(company, cuts, defences))
-        command = [sys.executable, "-m", "simulations.launch", "--run-config"]
-        keys = f"job='bench' bench-matrix='{matrix}' runs='{folder}' run-id='measure' base-dir='{Path.cwd()}'"
-        if subprocess.run([*command, keys], cwd=root, check=False).returncode:
+        keys = {"job": "bench", "bench-matrix": str(matrix), "runs": folder, "run-id": "measure"}
+        if run_job(keys):
             raise ConfigurationError("measuring failed; what went wrong stands above. Correct the company's data.")
         return read_evidence([Path(folder) / "measure" / RESULTS])
 

@@ -1,8 +1,5 @@
 """`vflair bench`: run a matrix of settings, defences and seeds as a Flower job, and rank the defences."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +8,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from vflair_flower.errors import ConfigurationError, VflairError
+from vflair_flower.project import project_root, run_job
 
 
 def bench(
@@ -25,7 +23,7 @@ def bench(
         if rank is not None:
             _rank(matrix, rank)
             return
-        root = _project()
+        project_root()
         from vflair_flower.benchmark import Matrix
 
         Matrix.read(matrix)
@@ -37,25 +35,9 @@ def bench(
         "bench-matrix": str(matrix.resolve()),
         "bench-cells-at-once": cells_at_once,
         "bench-gpus-per-cell": float(gpus_per_cell),
-        "base-dir": str(Path.cwd()),
         "resume": resume,
     }
-    config = " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
-    command = [sys.executable, "-m", "simulations.launch", "--run-config", config]
-    raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
-
-
-def _project() -> Path:
-    """Return the folder of the project, whose Flower app runs the cells."""
-    import vflair_flower
-
-    root = Path(vflair_flower.__file__).resolve().parents[1]
-    if not (root / "simulations" / "launch.py").is_file():
-        raise ConfigurationError(
-            f"{root} has no simulations/launch.py: cells are jobs of the project's own Flower app, which the package "
-            "alone does not hold. Run this from a clone of the project, set up by `make setup`."
-        )
-    return root
+    raise typer.Exit(run_job(keys))
 
 
 def _rank(matrix: Path, folder: Path) -> None:

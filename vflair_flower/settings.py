@@ -5,8 +5,10 @@ Steps count optimiser steps over the whole job, from 0; rounds count from 1.
 
 import functools
 import math
+import tomllib
 from collections.abc import Callable
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Self, TypeVar, cast, dataclass_transform
 
 import torch
@@ -16,6 +18,7 @@ from pydantic.dataclasses import dataclass
 from vflair_flower.errors import ConfigurationError
 
 SettingsClass = TypeVar("SettingsClass")
+Checked = TypeVar("Checked")
 WEIGHT_DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -48,6 +51,22 @@ def in_words(error: ValidationError) -> str:
         seen = "missing" if one["type"] == "missing" else repr(one["input"])
         said.append(str(own) if own else f"{where} is {seen}: {one['msg'].lower()}.")
     return " ".join(said)
+
+
+def read_toml(path: Path, what: str) -> dict[str, Any]:
+    """Read a TOML file that a person wrote; `what` it is ("policy") stands in the ConfigurationError for any other."""
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"the {what} {str(path)!r} cannot be read ({error}). Correct it.") from error
+
+
+def as_type(kind: type[Checked], values: object, path: Path, what: str) -> Checked:
+    """Return what a file holds as `kind`; raise ConfigurationError, which says what is wrong, if it is none."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ConfigurationError(f"the {what} {str(path)!r} is wrong: {in_words(error)}") from error
 
 
 class TaskKind(StrEnum):

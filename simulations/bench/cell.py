@@ -13,6 +13,7 @@ from simulations.settings import JobSettings
 from vflair_flower.audit import CellResult, Subject, cells_of, run_cell
 from vflair_flower.benchmark import AttackFigure, BenchCell, BenchResult, Matrix
 from vflair_flower.errors import ConfigurationError
+from vflair_flower.partition import resolve_model
 from vflair_flower.report import Result
 
 _JOB = "cell"
@@ -35,7 +36,8 @@ def check_matrix(matrix: Matrix, defaults: Mapping[str, Any]) -> None:
             f"the matrix {matrix.name!r} sets {unknown[0]!r}, which is no key of the main job. Correct the name."
         )
     for cell in matrix.cells:
-        JobSettings.from_run_config(job_config(cell, matrix, defaults))
+        settings = JobSettings.from_run_config(job_config(cell, matrix, defaults))
+        resolve_model(settings.model, settings.base)
 
 
 def run_bench_cell(cell: BenchCell, matrix: Matrix, defaults: Mapping[str, Any], *, threads: int = 1) -> BenchResult:

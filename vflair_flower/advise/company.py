@@ -1,12 +1,9 @@
 """What a company has, and what it accepts: read from a TOML file."""
 
-import tomllib
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
-
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.settings import TaskKind, in_words, one_of, settings
+from vflair_flower.settings import TaskKind, as_type, one_of, read_toml, settings
 
 _KINDS = (TaskKind.SEQUENCE_CLASSIFICATION, TaskKind.CAUSAL_LM)
 
@@ -88,12 +85,4 @@ class Company:
     @classmethod
     def read(cls, path: Path) -> "Company":
         """Read a company's file; raise ConfigurationError for anything that is none."""
-        try:
-            loaded = tomllib.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"the company {str(path)!r} cannot be read ({error}). Correct it.") from error
-        try:
-            found: Company = TypeAdapter(cls).validate_python({"name": path.stem, **loaded})
-        except ValidationError as error:
-            raise ConfigurationError(f"the company {str(path)!r} is wrong: {in_words(error)}") from error
-        return found
+        return as_type(cls, {"name": path.stem, **read_toml(path, "company")}, path, "company")

@@ -24,20 +24,19 @@ Invariant: a cell is plain text and numbers, so it travels in a message and name
 
 import itertools
 import json
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass as validated
 
 from vflair_flower.audit import GridSettings
 from vflair_flower.benchmark.scores import Anchors
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.privacy import parse_defences
-from vflair_flower.settings import in_words
+from vflair_flower.settings import as_type, read_toml
 
 NONE = "none"
 _STRICT = ConfigDict(extra="forbid", populate_by_name=True)
@@ -130,14 +129,7 @@ class Matrix:
     @classmethod
     def read(cls, path: Path) -> "Matrix":
         """Read a matrix file; raise ConfigurationError for anything that is none."""
-        try:
-            loaded = tomllib.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"the matrix {str(path)!r} cannot be read ({error}). Correct it.") from error
-        try:
-            read = TypeAdapter(_File).validate_python(loaded)
-        except ValidationError as error:
-            raise ConfigurationError(f"the matrix {str(path)!r} is wrong: {in_words(error)}") from error
+        read = as_type(_File, read_toml(path, "matrix"), path, "matrix")
         settings: dict[str, dict[str, Any]] = {}
         for one in read.settings:
             keys = {**read.base, **one}

@@ -19,14 +19,13 @@ What no entry allows stays: the sender's own link refuses it (`Policy.check`).  
 need know it.  Invariant: a tensor without its covers is not sent, whatever code tries to send it.
 """
 
-import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as validated
 from torch import Tensor
 
@@ -35,7 +34,7 @@ from vflair_flower.named import read_name
 from vflair_flower.session import covers_of
 from vflair_flower.session.frame import Frame
 from vflair_flower.session.header import DTYPE_NAMES, DTYPES
-from vflair_flower.settings import in_words
+from vflair_flower.settings import as_type, read_toml
 
 ANY = "*"
 ADAPTERS = "adapters"
@@ -107,21 +106,14 @@ class Policy:
     @classmethod
     def read(cls, path: Path) -> "Policy":
         """Read a policy file; raise ConfigurationError for anything that is none."""
-        try:
-            loaded = tomllib.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigurationError(f"the policy {str(path)!r} cannot be read ({error}). Correct it.") from error
+        loaded = read_toml(path, "policy")
         odd = sorted(set(loaded) - {"may_leave"})
         if odd or not isinstance(loaded.get("may_leave"), list):
             raise ConfigurationError(
                 f"the policy {str(path)!r} has {', '.join(map(repr, odd)) or 'no entry'}; write one or more "
                 "[[may_leave]] tables, each with a tensor's name."
             )
-        try:
-            rules = TypeAdapter(tuple[MayLeave, ...]).validate_python(loaded["may_leave"])
-        except ValidationError as error:
-            raise ConfigurationError(f"the policy {str(path)!r} is wrong: {in_words(error)}") from error
-        return cls(rules, name=str(path))
+        return cls(as_type(tuple[MayLeave, ...], loaded["may_leave"], path, "policy"), name=str(path))
 
     def check_names(self, known: Iterable[str]) -> None:
         """Raise ConfigurationError for a rule about a tensor that no job sends: it would be a slip of the pen."""
