@@ -15,6 +15,7 @@ from torch.nn.functional import softplus
 
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.privacy.defence import Preparation, Scene
+from vflair_flower.tasks import padded_ids
 
 GAIN_PACE, PACE = 20.0, 50.0
 """How much faster gains and deviations move than the optimiser's rate says: they go from one end of their range to the
@@ -129,12 +130,9 @@ def own_states(preparation: Preparation, *, rows: int) -> Iterator[tuple[Tensor,
         The most texts to use; they are taken evenly from all.
     """
     every = max(1, len(preparation.encoded) // rows)
-    chosen = [torch.tensor(row.input_ids) for row in list(preparation.encoded)[::every][:rows]]
+    chosen = [row.input_ids for row in list(preparation.encoded)[::every][:rows]]
     for start in range(0, len(chosen), _BATCH_ROWS):
-        part = chosen[start : start + _BATCH_ROWS]
-        ids_BT = nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=preparation.pad_token_id)
-        lengths = torch.tensor([len(ids) for ids in part])
-        mask_BT = (torch.arange(ids_BT.shape[1]) < lengths[:, None]).to(torch.int64)
+        ids_BT, mask_BT = padded_ids(chosen[start : start + _BATCH_ROWS], pad_token_id=preparation.pad_token_id)
         hidden_BTD = preparation.head(ids_BT, mask_BT)
         kept = mask_BT.bool()
         yield ids_BT[kept], hidden_BTD[kept.to(hidden_BTD.device)]

@@ -11,7 +11,7 @@ It knows no model, no session and no Flower.  From the ground up:
 """
 
 from vflair_flower.tasks.answers import FinalNumber, final_number, last_boxed, normal_math, same_math, same_number
-from vflair_flower.tasks.batches import Batch, collate, unpadded
+from vflair_flower.tasks.batches import Batch, collate, padded_ids, unpadded
 from vflair_flower.tasks.catalogue import CATALOGUE, task_entry
 from vflair_flower.tasks.code import cut_completion, pass_at_k, run_completions, score_pass_at_k
 from vflair_flower.tasks.dataset import Secret, SecretKind, TaskDataset, TextDataset
@@ -119,6 +119,7 @@ __all__ = [
     "normal_answer",
     "normal_math",
     "normal_vqa",
+    "padded_ids",
     "padding_token_id",
     "paired_bootstrap_difference",
     "pass_at_k",

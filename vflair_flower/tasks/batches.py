@@ -130,6 +130,27 @@ def collate(
     return Batch(inputs=inputs | _asked(encoded, num_tokens, padding_side), row_ids=tuple(r.row_id for r in encoded))
 
 
+def padded_ids(rows: Sequence[Sequence[int]], *, pad_token_id: int) -> tuple[Tensor, Tensor]:
+    """Return tokens of rows without more, padded on the right, and their mask: both int64 [B, T].
+
+    Parameters
+    ----------
+    rows : sequence of sequences of int
+        At least one.
+    pad_token_id : int
+        See `padding_token_id`.
+
+    Examples
+    --------
+    >>> ids, mask = padded_ids([(5, 6), (7,)], pad_token_id=0)
+    >>> ids.tolist(), mask.tolist()
+    ([[5, 6], [7, 0]], [[1, 1], [1, 0]])
+    """
+    longest = max(len(row) for row in rows)
+    masks = [(1,) * len(row) for row in rows]
+    return _padded(rows, longest, "right", pad_token_id), _padded(masks, longest, "right", 0)
+
+
 def unpadded(values_BT: Tensor, attention_mask_BT: Tensor) -> list[Tensor]:
     """Return, for each row, what stands at its tokens, whichever side was padded.
 
@@ -179,9 +200,9 @@ def _all_of(kind: type[_EncodedT], encoded: Sequence[Encoded]) -> list[_EncodedT
     return rows
 
 
-def _padded(rows: Sequence[tuple[int, ...]], num_tokens: int, side: Side, filler: int) -> Tensor:
+def _padded(rows: Sequence[Sequence[int]], num_tokens: int, side: Side, filler: int) -> Tensor:
     padded = torch.full((len(rows), num_tokens), filler, dtype=torch.int64)
     for index, row in enumerate(rows):
         place = slice(0, len(row)) if side == "right" else slice(num_tokens - len(row), num_tokens)
-        padded[index, place] = torch.tensor(row, dtype=torch.int64)
+        padded[index, place] = torch.as_tensor(row, dtype=torch.int64)
     return padded

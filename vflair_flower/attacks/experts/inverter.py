@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vflair_flower.attacks.experts.public import PublicModel, padded
+from vflair_flower.attacks.experts.public import PublicModel
 from vflair_flower.attacks.experts.view import HostView
 from vflair_flower.attacks.guesses import TextGuess
 from vflair_flower.attacks.inversion.matching import forbid
@@ -16,7 +16,7 @@ from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, attack
 from vflair_flower.errors import DataError
 from vflair_flower.settings import TaskKind, one_of
-from vflair_flower.tasks import Encoded
+from vflair_flower.tasks import Encoded, padded_ids
 
 MODELS = ("linear", "mlp", "gru")
 _TEXTS_AT_ONCE = 32
@@ -128,7 +128,8 @@ def train_inverter(
         raise DataError("there are no auxiliary texts, and an inverter is trained on some. Give the adversary texts.")
     batches = []
     for start in range(0, len(auxiliary), _TEXTS_AT_ONCE):
-        ids_BT, mask_BT = padded(auxiliary[start : start + _TEXTS_AT_ONCE], pad_id)
+        rows = [row.input_ids for row in auxiliary[start : start + _TEXTS_AT_ONCE]]
+        ids_BT, mask_BT = padded_ids(rows, pad_token_id=pad_id)
         entered = public.entered(ids_BT, mask_BT, layers=(layer,))[layer]
         kept_BT = mask_BT.bool().to(public.device)
         if held:

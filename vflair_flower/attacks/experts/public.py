@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from vflair_flower.attacks.surrogate import Surrogate
 from vflair_flower.errors import ModelError
 from vflair_flower.experts.modules import expert_modules, num_experts
-from vflair_flower.tasks import Encoded
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -87,14 +86,3 @@ class PublicModel:
         logits_BV = self.model(input_ids=ids_BT.to(self.device), use_cache=False).logits[:, -1]
         log_probs_BV: Tensor = logits_BV.float().log_softmax(-1)
         return log_probs_BV
-
-
-def padded(encoded: Collection[Encoded], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Return tokens and mask [B, T] of texts, padded on the right."""
-    longest = max(len(row.input_ids) for row in encoded)
-    ids_BT = torch.full((len(encoded), longest), pad_id)
-    mask_BT = torch.zeros_like(ids_BT)
-    for index, row in enumerate(encoded):
-        ids_BT[index, : len(row.input_ids)] = torch.tensor(row.input_ids)
-        mask_BT[index, : len(row.input_ids)] = 1
-    return ids_BT, mask_BT

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from vflair_flower.attacks.experts.public import PublicModel, padded
+from vflair_flower.attacks.experts.public import PublicModel
 from vflair_flower.attacks.experts.view import HostView
 from vflair_flower.attacks.guesses import NOTHING, TextGuess
 from vflair_flower.attacks.inversion.matching import forbid
@@ -18,6 +18,7 @@ from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, attack
 from vflair_flower.errors import DataError
 from vflair_flower.settings import TaskKind
+from vflair_flower.tasks import padded_ids
 
 _TEXTS_AT_ONCE = 32
 
@@ -88,7 +89,8 @@ def _auxiliary_traces(
     """Return, for each auxiliary text, traces [N, L * E] and tokens [N] of what the coalition would see of it."""
     texts = []
     for start in range(0, len(knows.auxiliary), _TEXTS_AT_ONCE):
-        ids_BT, mask_BT = padded(knows.auxiliary[start : start + _TEXTS_AT_ONCE], knows.pad_id)
+        rows = [row.input_ids for row in knows.auxiliary[start : start + _TEXTS_AT_ONCE]]
+        ids_BT, mask_BT = padded_ids(rows, pad_token_id=knows.pad_id)
         entered = public.entered(ids_BT, mask_BT, layers=layers)
         traces = []
         for layer in layers:

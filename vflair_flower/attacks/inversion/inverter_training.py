@@ -16,6 +16,7 @@ from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.surrogate import Surrogate
 from vflair_flower.errors import DataError
 from vflair_flower.settings import one_of
+from vflair_flower.tasks import padded_ids
 
 INVERTERS = ("linear", "gru", "namoe")
 _BATCH_ROWS = 16
@@ -73,10 +74,8 @@ def auxiliary_batches(knows: Knowledge, texts: int) -> Iterator[tuple[Tensor, Te
     device = knows.surrogate.device
     rows = sorted((row.input_ids for row in knows.auxiliary[:texts]), key=len)
     for start in range(0, len(rows), _BATCH_ROWS):
-        part = [torch.tensor(ids) for ids in rows[start : start + _BATCH_ROWS]]
-        ids_BT = nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=knows.pad_id).to(device)
-        lengths = torch.tensor([len(ids) for ids in part], device=device)
-        yield ids_BT, (torch.arange(ids_BT.shape[1], device=device) < lengths[:, None]).to(torch.int64)
+        ids_BT, mask_BT = padded_ids(rows[start : start + _BATCH_ROWS], pad_token_id=knows.pad_id)
+        yield ids_BT.to(device), mask_BT.to(device)
 
 
 def _through_the_head(knows: Knowledge, texts: int) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from vflair_flower.attacks.inversion.matching import likeness
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.surrogate import Surrogate
-from vflair_flower.tasks import Encoded
+from vflair_flower.tasks import Encoded, padded_ids
 
 _TEXTS = 256
 _AT_ONCE = 32
@@ -59,10 +59,8 @@ def auxiliary_states(surrogate: Surrogate, texts: Sequence[Encoded]) -> tuple[Te
     ordered = sorted(texts, key=lambda text: len(text.input_ids))
     states: list[Tensor] = []
     for start in range(0, len(ordered), _AT_ONCE):
-        rows = [torch.tensor(text.input_ids) for text in ordered[start : start + _AT_ONCE]]
-        ids_BT = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-        lengths = torch.tensor([len(row) for row in rows], device=device)
-        mask_BT = (torch.arange(ids_BT.shape[1], device=device) < lengths[:, None]).to(torch.int64)
+        rows = [text.input_ids for text in ordered[start : start + _AT_ONCE]]
+        ids_BT, mask_BT = (one.to(device) for one in padded_ids(rows, pad_token_id=0))
         states.append(surrogate.as_sent(ids_BT, mask_BT)[mask_BT.bool()])
     return torch.cat(states), torch.tensor([token for text in ordered for token in text.input_ids], device=device)
 

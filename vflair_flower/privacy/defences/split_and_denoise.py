@@ -4,11 +4,11 @@ B rows, T tokens, E numbers of an embedding, D hidden, O numbers of an answer at
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.privacy.defence import Defence, Moment, Needs, Place, Preparation, Scene, defence
@@ -16,6 +16,7 @@ from vflair_flower.privacy.denoiser import Denoiser, Lesson, train_denoiser
 from vflair_flower.privacy.public_texts import drawn_public, read_public
 from vflair_flower.privacy.radial import radial_noise, remembered_noise
 from vflair_flower.settings import TaskKind, one_of
+from vflair_flower.tasks import padded_ids
 
 _log = logging.getLogger(__name__)
 _BATCH_ROWS = 16
@@ -236,19 +237,12 @@ class SplitAndDenoise(Defence):
             )
         rows.sort(key=len)
         starts = range(0, len(rows), _BATCH_ROWS)
-        device = table_VD.device
-        return [
-            self._lesson(
-                [torch.tensor(ids, device=device) for ids in rows[at : at + _BATCH_ROWS]], preparation, generator
-            )
-            for at in starts
-        ]
+        return [self._lesson(rows[at : at + _BATCH_ROWS], preparation, generator) for at in starts]
 
     @torch.no_grad()
-    def _lesson(self, rows: list[Tensor], preparation: Preparation, generator: torch.Generator) -> Lesson:
-        ids_BT = pad_sequence(rows, batch_first=True, padding_value=preparation.pad_token_id)
-        lengths = torch.tensor([len(row) for row in rows], device=ids_BT.device)
-        mask_BT = (torch.arange(ids_BT.shape[1], device=ids_BT.device) < lengths[:, None]).to(torch.int64)
+    def _lesson(self, rows: Sequence[Sequence[int]], preparation: Preparation, generator: torch.Generator) -> Lesson:
+        device = self.scene.embedding_VD.device
+        ids_BT, mask_BT = (one.to(device) for one in padded_ids(rows, pad_token_id=preparation.pad_token_id))
 
         def noisy(clean: Tensor) -> Tensor:
             return self._noisy(clean, radial_noise(*clean.shape, eta=self.eta, generator=generator).to(clean.device))
