@@ -22,10 +22,20 @@ from torch import Tensor
 from vflair_flower.clients.generation import TextGeneration, generate_texts
 from vflair_flower.clients.naming import party_name
 from vflair_flower.clients.recording import Record, recording_of
+from vflair_flower.clients.secure import answer_stage, masked
 from vflair_flower.clients.segment import load_data_segment
 from vflair_flower.clients.session import PartySession, split_session
 from vflair_flower.clients.store import PartyStore
-from vflair_flower.control import DATA_PARTY_ROLE, GENERATE, HELLO, KEY, PartyCard, SessionOffer, package_versions
+from vflair_flower.control import (
+    DATA_PARTY_ROLE,
+    GENERATE,
+    HELLO,
+    KEY,
+    SECAGG,
+    PartyCard,
+    SessionOffer,
+    package_versions,
+)
 from vflair_flower.errors import DataError
 from vflair_flower.partition import trained_state
 from vflair_flower.privacy import Policy, Secret
@@ -110,8 +120,9 @@ class DataParty:
         """Register with a ClientApp; leave out what your own code does (`split_session`)."""
         app.query(HELLO)(self.hello)
         app.query(GENERATE)(self.generate)
+        app.query(SECAGG)(answer_stage)
         if train:
-            app.train()(self.train)
+            app.train(mods=[masked])(self.train)
         if evaluate:
             app.evaluate()(self.evaluate)
 

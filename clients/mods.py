@@ -10,7 +10,8 @@ Invariant: a mod sees of a message what Flower's own strategies put there, and n
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp.typing import ClientAppCallable, Mod
 
-from vflair_flower.control import KEY
+from vflair_flower.control import KEY, SECAGG
+from vflair_flower.errors import ConfigurationError
 
 
 def beside_session(mod: Mod) -> Mod:
@@ -23,15 +24,21 @@ def beside_session(mod: Mod) -> Mod:
     """
 
     def beside(message: Message, context: Context, call_next: ClientAppCallable) -> Message:
-        offer = message.content.config_records.get(KEY)
-        if offer is None:
+        ours = {name: record for name, record in message.content.items() if name in (KEY, SECAGG)}
+        if not ours:
             return mod(message, context, call_next)
 
         def with_offer(inner: Message, own_context: Context) -> Message:
-            inner.content = RecordDict({**inner.content, KEY: offer})
-            return call_next(inner, own_context)
+            inner.content = RecordDict({**inner.content, **ours})
+            reply = call_next(inner, own_context)
+            if reply.has_content() and SECAGG in reply.content:
+                raise ConfigurationError(
+                    f"the mod {getattr(mod, '__name__', type(mod).__name__)!r} would change a reply that is masked "
+                    "already. Put `masked` before it: mods=[masked, beside_session(...)]."
+                )
+            return reply
 
-        message.content = RecordDict({name: record for name, record in message.content.items() if name != KEY})
+        message.content = RecordDict({name: record for name, record in message.content.items() if name not in ours})
         return mod(message, context, with_offer)
 
     return beside

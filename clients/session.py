@@ -26,6 +26,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from vflair_flower.clients.recording import PartyRecording, party_recording
+from vflair_flower.clients.secure import check_masked
 from vflair_flower.clients.segment import DataSegment, load_data_segment
 from vflair_flower.clients.trainer import StepWithTrainer
 from vflair_flower.control import KEY, RoundReport, SessionOffer
@@ -34,6 +35,7 @@ from vflair_flower.memory import ActivationMeter, MemoryParts, optimizer_bytes, 
 from vflair_flower.partition import load_tokenizer, load_trained_state, trained_state
 from vflair_flower.partition.ranks import RankBudget
 from vflair_flower.privacy import Policy, Secret, Shield
+from vflair_flower.privacy.masked_party import COVER
 from vflair_flower.privacy.opening import open_shield, prepare_defences
 from vflair_flower.remote import RemoteSegment, parameter_counts
 from vflair_flower.remote.averaging import average_gradients
@@ -274,6 +276,9 @@ class PartySession:
         content = RecordDict({"metrics": MetricRecord(values), KEY: (report or self.report()).to_record()})
         if self.training:
             covers = () if self.privacy is None else self.privacy.covers()
+            if self.spec.secure_aggregation is not None:
+                check_masked()
+                covers = (*covers, COVER)
             state = self._shared_state()
             if self.shield.policy is not None:
                 self.shield.policy.check_state(state, covers=covers)
@@ -334,7 +339,10 @@ def split_session(
         If the hub cannot be reached, refuses the ticket, or goes away.
     """
     offer = SessionOffer.from_content(message.content)
-    own = load_data_segment(SplitSpec.from_json(offer.spec), context, base_dir)
+    spec = SplitSpec.from_json(offer.spec)
+    if spec.secure_aggregation is not None and offer.training:
+        check_masked()  # before the work, and again before the reply
+    own = load_data_segment(spec, context, base_dir)
     arrays = next(iter(message.content.array_records.values()), None)
     if arrays:
         load_trained_state(own.model, arrays.to_torch_state_dict())

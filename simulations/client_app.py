@@ -15,7 +15,8 @@ from simulations.rows import rows_of_party
 from simulations.settings import JobSettings
 from vflair_flower.audit.subject import PARTIES
 from vflair_flower.clients import Auditor, DataParty, ModelParty, PartyRows, role_of
-from vflair_flower.control import HELLO, MODEL_PARTY_ROLE, SERVE
+from vflair_flower.clients.secure import answer_stage, masked
+from vflair_flower.control import HELLO, MODEL_PARTY_ROLE, SECAGG, SERVE
 from vflair_flower.privacy import Policy
 from vflair_flower.session import RecordingSettings
 
@@ -82,6 +83,7 @@ def hello(message: Message, context: Context) -> Message:
 app.query(CELL)(answer_cell)
 app.query(ACTION)(answer_bench)
 Auditor(threads=_audit_threads, attack_files=_attack_files).register(app)
-app.train()(data_party.train)
+app.query(SECAGG)(answer_stage)
+app.train(mods=[masked])(data_party.train)
 app.evaluate()(data_party.evaluate)
 app.train(SERVE)(model_party.serve)

@@ -118,6 +118,7 @@ def make_result(
             loopback=True,
             adapters=parties,
             adapters_cover=_adapters_cover(spec, strategy),
+            adapters_summed=spec.secure_aggregation is not None,
             control=control,
         ),
         audit=(),

@@ -12,6 +12,7 @@ from vflair_flower.partition import PartitionPlan
 from vflair_flower.partition.plan import parse_mode
 from vflair_flower.privacy import Policy, parse_defences
 from vflair_flower.remote.protocol import SENT_NAMES
+from vflair_flower.secagg_settings import SecAggSettings
 from vflair_flower.session import RecordingSettings
 from vflair_flower.settings import (
     LoraSettings,
@@ -78,6 +79,7 @@ class JobSettings(JobPaths):
     dp_body_max_grad_norm: float
     dp_body_share: float
     dp_accountant: str
+    secure_aggregation: bool
     seed: int
     unsplit: bool
     audit: str
@@ -156,7 +158,7 @@ class JobSettings(JobPaths):
         """Return what all parties agree on."""
         averaging = self.averaging
         if averaging == "auto":
-            averaging = "step" if self.body_mode == "synchronous" else "round"
+            averaging = "step" if self.body_mode == "synchronous" and not self.secure_aggregation else "round"
         targets = tuple(name.strip() for name in self.lora_targets.split(",") if name.strip())
         lora = (
             None
@@ -200,6 +202,7 @@ class JobSettings(JobPaths):
             defences=self.defences,
             defence_seed=self.defence_seed,
             privacy=self.privacy(),
+            secure_aggregation=SecAggSettings() if self.secure_aggregation else None,
             seed=self.seed,
         )
 

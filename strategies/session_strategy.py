@@ -20,13 +20,14 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from vflair_flower.control import KEY, MODEL_PARTY_ROLE, SERVE, PartyCard, RoundReport
-from vflair_flower.errors import ConfigurationError
+from vflair_flower.errors import ConfigurationError, PartyLostError
 from vflair_flower.remote import MODEL_PARTY, SegmentServer
 from vflair_flower.session import Ledger
 from vflair_flower.settings import one_of
 from vflair_flower.strategies.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from vflair_flower.strategies.grid import SessionGrid
 from vflair_flower.strategies.meeting import meet
+from vflair_flower.strategies.secure import SecureRounds, refuse_aggregator
 from vflair_flower.strategies.sessions import Outcome, RoundSession, SessionSettings
 
 
@@ -106,6 +107,10 @@ class SessionStrategy(Strategy):
         self._shared_body_state: dict[str, Tensor] | None = None
         self._open: RoundSession | None = None
         self._first_round = 0
+        self._secure: SecureRounds | None = None
+        if self.spec.secure_aggregation is not None:
+            refuse_aggregator(aggregator)
+            self._secure = SecureRounds(self.spec, job=sessions.job, deadline_s=sessions.deadline_s, count=self._count)
 
     # ---- life ----
 
@@ -208,7 +213,10 @@ class SessionStrategy(Strategy):
         record.sent_bytes, record.tokens, record.steps = outcome.sent_bytes, outcome.tokens, outcome.steps
         record.seconds["train"] = outcome.seconds
         started = time.monotonic()
-        arrays, metrics = self.aggregator.aggregate_train(server_round, outcome.replies)
+        replies = outcome.replies
+        if self._secure is not None:
+            replies = [self._secure.reveal(replies, self._names(), record.lost)]
+        arrays, metrics = self.aggregator.aggregate_train(server_round, replies)
         record.seconds["aggregate"] = time.monotonic() - started
         record.train_metrics = _numbers(metrics)
         if arrays is not None:
@@ -243,7 +251,18 @@ class SessionStrategy(Strategy):
     ) -> list[Message]:
         ask = self.aggregator.configure_train if kind == "train" else self.aggregator.configure_evaluate
         asked = list(ask(server_round, arrays, config, grid))
+        if kind == "train" and self._secure is not None and asked:
+            asked = self._agree(self._secure, asked, server_round, grid)
         return self._invite(asked, server_round, training=kind == "train")[1] if asked else []
+
+    def _agree(self, secure: SecureRounds, asked: list[Message], server_round: int, grid: Grid) -> list[Message]:
+        """Let the sampled parties share masks, before the session's clock runs."""
+        asked, lost = secure.agree(asked, self._names(), server_round, grid)
+        self.history[-1].lost.update(lost)
+        if lost and self._sessions.on_party_lost == "stop":
+            first = min(lost)
+            raise PartyLostError(first, f"{lost[first]} (round {server_round}; lost in all: {', '.join(sorted(lost))})")
+        return asked
 
     def _invite(self, asked: list[Message], server_round: int, *, training: bool) -> tuple[RoundSession, list[Message]]:
         """Open a session, and put the way into it into each message; adds the model party's, if a node is it."""
@@ -331,6 +350,9 @@ class SessionStrategy(Strategy):
         if not self._needs_model_party:
             return None
         return next(node for node, card in self.cards.items() if card.role == MODEL_PARTY_ROLE)
+
+    def _names(self) -> dict[int, str]:
+        return {node: card.party for node, card in self.cards.items()}
 
     def _card(self, node: int) -> PartyCard:
         if node not in self.cards:

@@ -29,6 +29,9 @@ AUDIT = "vflair_audit"
 HAND_OVER = "vflair_hand_over"
 """Name of the query that asks parties for their parts of a finished model: message type ``query.vflair_hand_over``."""
 
+SECAGG = "vflair_secagg"
+"""Name of the query of secure aggregation's stages, ``query.vflair_secagg``; key of its records in train messages."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Record:
@@ -39,17 +42,17 @@ class _Record:
         return ConfigRecord({"json": json.dumps(asdict(self))})
 
     @classmethod
-    def from_content(cls, content: RecordDict) -> Self:
+    def from_content(cls, content: RecordDict, key: str = KEY) -> Self:
         """Read it from a message's content; raise ConfigurationError if it is not there or does not fit."""
         try:
-            values: dict[str, Any] = json.loads(str(content.config_records[KEY]["json"]))
+            values: dict[str, Any] = json.loads(str(content.config_records[key]["json"]))
             known = {f.name for f in fields(cls)}
             if set(values) != known:
                 raise ConfigurationError(f"fields {sorted(set(values) ^ known)} are missing or unknown")
             return cls(**values)
         except (KeyError, ValueError) as error:
             raise ConfigurationError(
-                f"the Flower message carries no readable '{KEY}' record of the kind {cls.__name__}: {error}. "
+                f"the Flower message carries no readable '{key}' record of the kind {cls.__name__}: {error}. "
                 "It was not sent by vflair_flower's strategy, or by another version of it."
             ) from error
 
@@ -126,6 +129,44 @@ class PartRequest(_Record):
     part: str
     layer: int
     only_ask: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumStage(_Record):
+    """A stage of secure aggregation, as the strategy asks for it (`vflair_flower.privacy.masked_party`).
+
+    Parameters
+    ----------
+    spec, job, party, server_round
+        As in `SessionOffer`; the specification comes with the first stage alone.
+    stage : str
+        ``"keys"``, ``"share"``, ``"mask"`` or ``"unmask"``.
+    parties : int
+        How many share masks in this round.
+    payload : dict
+        What the stage needs of others; by party.
+    """
+
+    spec: str
+    job: str
+    party: str
+    server_round: int
+    stage: str
+    parties: int = 0
+    payload: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SumAnswer(_Record):
+    """A party's answer to a stage; in a train reply it goes with the masked vector.
+
+    Parameters
+    ----------
+    payload : dict
+        By party, or of the vector: its layout, and the check of its seed.
+    """
+
+    payload: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

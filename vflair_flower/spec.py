@@ -11,6 +11,7 @@ from pydantic import TypeAdapter, ValidationError
 from vflair_flower.dp_settings import DpSettings
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.partition.plan import PartitionPlan
+from vflair_flower.secagg_settings import SecAggSettings
 from vflair_flower.settings import (
     ExpertSettings,
     GenerationSettings,
@@ -61,6 +62,9 @@ class SplitSpec:
         whoever knows the number: for research alone.
     privacy : DpSettings or None
         Train every segment by DP-SGD (`vflair_flower.privacy.dpsgd`); None trains as ever.
+    secure_aggregation : SecAggSettings or None
+        Mask what data parties train, so that the strategy sees the sum over parties alone
+        (`vflair_flower.privacy.masked_party`); None sends each party's arrays to the aggregator.
     seed : int
         Of initialisation, batch order and dropout.
     """
@@ -80,6 +84,7 @@ class SplitSpec:
     defences: str = ""
     defence_seed: int = 0
     privacy: DpSettings | None = None
+    secure_aggregation: SecAggSettings | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -117,6 +122,21 @@ class SplitSpec:
             )
         if self.privacy is not None:
             self._check_private()
+        if self.secure_aggregation is not None:
+            self._check_summed()
+
+    def _check_summed(self) -> None:
+        """Refuse what would show the hub a single party's arrays all the same, or averages nothing."""
+        if self.experts is not None:
+            raise ConfigurationError(
+                "secure_aggregation is set, and experts are spread over parties: each trains experts that no other "
+                "has, and a sum over one hides nothing. Leave it out."
+            )
+        if self.averaging != "round":
+            raise ConfigurationError(
+                f"secure_aggregation is set and averaging is {self.averaging!r}: the hub would see each party's "
+                "gradient at every step. Set averaging to 'round'."
+            )
 
     def _check_private(self) -> None:
         """Refuse what would break DP-SGD's guarantee, or what its hooks cannot follow."""

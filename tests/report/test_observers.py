@@ -193,6 +193,22 @@ def test_a_defence_covers_its_tensor_and_claims_no_more():
     assert one(rows, "aggregating server", "adapters").covered_by == "dp-sgd:epsilon=3"
 
 
+@pytest.mark.parametrize("noise", [None, "dp-sgd:epsilon=3"])
+def test_secure_aggregation_covers_single_adapters_and_not_their_sum(noise):
+    rows = observer_table(
+        entries(), **HBT, adapters=("alpha", "beta", "gamma"), adapters_cover=noise, adapters_summed=True
+    )
+    single, summed = find(rows, "aggregating server", "adapters")
+    assert "before averaging" in single.tensor
+    assert single.covered_by.startswith("secagg")
+    assert (noise or "secagg") in single.covered_by
+    assert "summed over a round's parties" in summed.tensor
+    assert summed.covered_by == noise
+    assert (summed in grave_rows(rows)) is (noise is None)
+    assert one(rows, "other data parties", "adapters").covered_by == noise
+    assert one(rows, "aggregating server", "row counts").covered_by is None
+
+
 def test_messages_that_went_round_a_defence_are_counted():
     up = [one for one in entries() if one.tensor == "hidden" and one.direction == "up"]
     rows = observer_table([*entries(), *(replace(one, covers="dp", messages=1) for one in up)], **HBT)

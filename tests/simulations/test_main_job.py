@@ -120,6 +120,15 @@ def test_job_resumes_and_repeats_the_loss_curve(tmp_path, easy_rows, tiny_bert, 
     assert not (tmp_path / "runs" / "broken" / "error.json").exists()
 
 
+def test_secure_aggregation_is_one_key_and_in_the_observer_table(tmp_path, easy_rows, tiny_bert):
+    run(config(tmp_path, easy_rows, tiny_bert, rounds=1, local_steps=1, unsplit=False, audit="", secure_aggregation=True))
+    result = Result.read(tmp_path / "runs" / "job" / "result.json")
+    (row,) = [row for row in result.observers if "before averaging" in row.tensor]
+    assert row.covered_by.startswith("secagg")
+    assert result.rounds[0].loss > 0
+    assert not any(entry.operation == "average" for entry in result.traffic.entries)
+
+
 def test_default_data_has_planted_secrets_written_down(tmp_path, easy_rows):
     run(config(tmp_path, easy_rows, "minilm-l6", data="messages", local_steps=1, rounds=1, unsplit=False))
     secrets = json.loads((tmp_path / "runs" / "job" / "secrets.json").read_text())

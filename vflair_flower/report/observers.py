@@ -101,6 +101,7 @@ def observer_table(
     text_stays: bool = True,
     labels_stay: bool = True,
     adapters_cover: str | None = None,
+    adapters_summed: bool = False,
 ) -> tuple[ObserverRow, ...]:
     """Say who saw which tensor of a run, what can be inferred from it, and what covers it.
 
@@ -128,6 +129,8 @@ def observer_table(
         Whether the job keeps them at the data party.  The ledger overrules a ``True``.
     adapters_cover : str, optional
         What covers the adapters that Flower messages carry; of tensors of a session the ledger says it.
+    adapters_summed : bool
+        Whether secure aggregation lets no one see a single party's adapters, but their sum alone.
 
     Returns
     -------
@@ -162,7 +165,7 @@ def observer_table(
         if receiver == MODEL_PARTY:
             rows += _computed_rows(partition, by_key)
     rows += _hub_rows(body_host, tls=tls, seen=seen_in_sessions, known=parts if adapters else ())
-    rows += _aggregation_rows(parts, control, adapters, adapters_cover)
+    rows += _aggregation_rows(parts, control, adapters, adapters_cover, summed=adapters_summed)
     rows.append(_network_row(tls=tls, loopback=loopback, seen=_with_control(seen_in_sessions, control)))
     rows += _no_one_rows(partition, by_key, body_host, text_stays=text_stays, labels_stay=labels_stay)
     return tuple(rows)
@@ -444,11 +447,21 @@ def _aggregation_rows(
     control: ControlTraffic | None,
     adapters: Sequence[str],
     covered_by: str | None,
+    *,
+    summed: bool,
 ) -> list[ObserverRow]:
     seen = Seen(bytes=control.bytes, messages=control.messages) if control else None
     rows: list[ObserverRow] = []
     if adapters:
         uncovered = "what each party's own update says about its rows; averaging hides it from the others only"
+        single = covered_by
+        if summed:
+            single = f"secagg (the sum over a round's parties alone){'' if covered_by is None else f', {covered_by}'}"
+            uncovered = (
+                "what the average says about the rows of all, below; who changes public keys on the way sees more"
+            )
+        elif covered_by is not None:
+            uncovered = _left_under(covered_by)
         rows.append(
             ObserverRow(
                 observer=AGGREGATING_SERVER,
@@ -456,8 +469,19 @@ def _aggregation_rows(
                 seen=seen,
                 allows="recover parts of rows from an update (gradient inversion), and test whether a text was "
                 "trained on (membership inference)",
+                covered_by=single,
+                uncovered=uncovered,
+            )
+        )
+    if adapters and summed:
+        rows.append(
+            ObserverRow(
+                observer=AGGREGATING_SERVER,
+                tensor=f"{ADAPTERS} of {' and '.join(parts)}, summed over a round's parties",
+                seen=None,
+                allows="test whether a text was trained on by someone (membership inference)",
                 covered_by=covered_by,
-                uncovered=uncovered if covered_by is None else _left_under(covered_by),
+                uncovered="how much the average says of a row; the fewer the parties, the more",
             )
         )
     rows.append(
