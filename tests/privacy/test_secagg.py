@@ -145,6 +145,20 @@ def test_no_sum_in_range_wraps_and_the_error_is_below_the_bound(given):
     assert abs(arrays["x"][0] - exact) <= 2.0 ** -(SETTINGS.fraction_bits(parties) + 1) + abs(exact) * 2.0**-50
 
 
+def test_the_bound_is_tight():
+    """Numbers with more bits than are kept: the error comes near the bound, and never beyond."""
+    values = np.random.default_rng(0).uniform(-0.1, 0.1, (3, 10_000))
+    weights = [1, 7, 1000]
+    total = sum(
+        encode({"x": array}, {}, weight=weight, settings=SETTINGS, parties=3)
+        for array, weight in zip(values, weights, strict=True)
+    )
+    arrays, *_ = decode(total, Layout.of({"x": values[0]}, {}), summed=3, settings=SETTINGS, parties=3)
+    error = np.abs(arrays["x"] - np.asarray(weights) @ values / sum(weights)).max()
+    bound = 2.0 ** -(SETTINGS.fraction_bits(3) + 1)
+    assert 0.9 * bound < error <= bound + 2.0**-50
+
+
 def test_the_largest_sum_does_not_wrap():
     settings = SecAggSettings()
     array = {"x": np.full(2, 64.0)}

@@ -121,7 +121,11 @@ def test_job_resumes_and_repeats_the_loss_curve(tmp_path, easy_rows, tiny_bert, 
 
 
 def test_secure_aggregation_is_one_key_and_in_the_observer_table(tmp_path, easy_rows, tiny_bert):
-    run(config(tmp_path, easy_rows, tiny_bert, rounds=1, local_steps=1, unsplit=False, audit="", secure_aggregation=True))
+    run(
+        config(
+            tmp_path, easy_rows, tiny_bert, rounds=1, local_steps=1, unsplit=False, audit="", secure_aggregation=True
+        )
+    )
     result = Result.read(tmp_path / "runs" / "job" / "result.json")
     (row,) = [row for row in result.observers if "before averaging" in row.tensor]
     assert row.covered_by.startswith("secagg")
