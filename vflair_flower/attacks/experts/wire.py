@@ -16,6 +16,7 @@ from vflair_flower.attacks.guesses import TextGuess
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, attack
 from vflair_flower.errors import DataError
+from vflair_flower.experts.padding import Room, rooms
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.protocol import INDEX_DTYPE, Codec
 from vflair_flower.session import Sighting
@@ -46,6 +47,8 @@ class WireView:
         In the order in which they came by.
     bytes_per_token, bytes_per_row : int
         Of a call, by the job's wire and codec.
+    padding : str
+        To what calls are filled up, which the job says.
     candidates : tuple of Encoded
         Assumed beside: each text that was sent is one of these.
     """
@@ -55,6 +58,7 @@ class WireView:
     bytes_per_token: int
     bytes_per_row: int
     candidates: tuple[Encoded, ...]
+    padding: str = "none"
 
     def __post_init__(self) -> None:
         if not self.frames or not self.candidates:
@@ -89,6 +93,7 @@ def wire_view(
         bytes_per_token=sum(tensor.nbytes for tensor in packed),
         bytes_per_row=per_row,
         candidates=tuple(candidates),
+        padding=spec.experts.padding,
     )
 
 
@@ -103,8 +108,9 @@ def size_time(view: WireView, knows: Knowledge, *, seed: int = 0) -> TextGuess:
     """Guess which of the candidates each text was, by how large the calls to each host are in each layer.
 
     Assumed: texts are run one by one, without gradients.  A host that would get nothing of a text in a layer is not
-    called, so that candidates differ in how many frames they explain too; texts are told apart as they are guessed.  Of
-    times only their order is used: on one machine they say nothing about hosts that are far apart.
+    called (unless calls are filled up), so that candidates differ in how many frames they explain too; texts are told
+    apart as they are guessed.  Of times only their order is used: on one machine they say nothing about hosts that are
+    far apart.
 
     Parameters
     ----------
@@ -145,15 +151,20 @@ def _apart(queues: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]) 
 
 def _expected(public: PublicModel, view: WireView, hosts: Sequence[str], row: Encoded) -> list[list[float]]:
     """Return the bytes of tokens and rows of each call that a text makes, by host, first layer first."""
-    layers = range(len(view.placement.host_of))
+    layers = view.placement.spread
     entered = public.entered(torch.tensor([row.input_ids]), layers=layers)
-    found = []
-    for host in hosts:
-        sizes = []
-        for layer, held in enumerate(view.placement.experts_of(host)):
-            hit_TK = torch.isin(entered[layer].expert_BTK[0].cpu(), torch.tensor(held))
-            tokens, rows = int(hit_TK.any(-1).sum()), int(hit_TK.sum())
-            if tokens:
-                sizes.append(float(tokens * view.bytes_per_token + rows * view.bytes_per_row))
-        found.append(sizes)
-    return found
+    found: dict[str, list[float]] = {host: [] for host in hosts}
+    for layer in layers:
+        expert_TK = entered[layer].expert_BTK[0].cpu()
+        held = {host: view.placement.experts_of(host)[layer] for host in view.placement.called}
+        held = {host: own for host, own in held.items() if own}
+        hits = {host: torch.isin(expert_TK, torch.tensor(own)) for host, own in held.items()}
+        sent = {host: Room(tokens=int(hit.any(-1).sum()), rows=int(hit.sum())) for host, hit in hits.items()}
+        if view.padding != "none":
+            counts = {host: len(own) for host, own in held.items()}
+            sent = rooms(view.padding, sent, counts, tokens=len(expert_TK), per_token=expert_TK.shape[1])
+        for host in hosts:
+            if host in sent and sent[host].tokens:
+                one = sent[host]
+                found[host].append(float(one.tokens * view.bytes_per_token + one.rows * view.bytes_per_row))
+    return list(found.values())
