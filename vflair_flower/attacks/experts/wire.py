@@ -5,7 +5,6 @@ Invariant: no tensor and no plain value of a frame can be reached from a view.
 """
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -20,9 +19,13 @@ from vflair_flower.experts.padding import Room, rooms
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.protocol import INDEX_DTYPE, Codec
 from vflair_flower.session import Sighting
+from vflair_flower.session.frame import ALIGN_BYTES
 from vflair_flower.settings import TaskKind
 from vflair_flower.spec import SplitSpec
 from vflair_flower.tasks import Encoded
+
+_OVERHEADS = range(0, 1025, ALIGN_BYTES)
+"""What a frame may have on top of its numbers: a header, filled up to a multiple."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +112,8 @@ def size_time(view: WireView, knows: Knowledge, *, seed: int = 0) -> TextGuess:
 
     Assumed: texts are run one by one, without gradients.  A host that would get nothing of a text in a layer is not
     called (unless calls are filled up), so that candidates differ in how many frames they explain too; texts are told
-    apart as they are guessed.  Of times only their order is used: on one machine they say nothing about hosts that are
-    far apart.
+    apart as they are guessed, and what all frames have on top is what explains them best.  Of times only their order is
+    used: on one machine they say nothing about hosts that are far apart.
 
     Parameters
     ----------
@@ -123,30 +126,39 @@ def size_time(view: WireView, knows: Knowledge, *, seed: int = 0) -> TextGuess:
         [float(one.num_bytes) for one in view.frames if one.party == host and one.direction == "down"] for host in hosts
     ]
     expected = [_expected(public, view, hosts, row) for row in view.candidates]
-    found = []
-    while any(queues):
-        apart = [_apart(queues, sizes) for sizes in expected]
+    found = min((_explained(queues, expected, overhead) for overhead in _OVERHEADS), key=lambda one: one[0])[1]
+    return TextGuess(ids=tuple(torch.tensor(view.candidates[place].input_ids) for place in found), aligned=False)
+
+
+def _explained(
+    queues: Sequence[Sequence[float]], expected: Sequence[Sequence[Sequence[float]]], overhead: float
+) -> tuple[float, list[int]]:
+    """Return the candidates that explain all frames best, one after the other, and how badly they do."""
+    found: list[int] = []
+    total, heads = 0.0, [0] * len(queues)
+    while any(head < len(queue) for head, queue in zip(heads, queues, strict=True)):
+        left = [queue[head:] for head, queue in zip(heads, queues, strict=True)]
+        apart = [_apart(left, sizes, overhead) for sizes in expected]
         best = min(range(len(expected)), key=apart.__getitem__)
         if apart[best] == math.inf:  # frames are left that no candidate explains
             best = min(range(len(expected)), key=lambda k: sum(map(len, expected[k])))
-        queues = [queue[max(1, len(sizes)) :] for queue, sizes in zip(queues, expected[best], strict=True)]
-        found.append(torch.tensor(view.candidates[best].input_ids))
-    return TextGuess(ids=tuple(found), aligned=False)
+        else:
+            total += apart[best]
+        heads = [head + max(1, len(sizes)) for head, sizes in zip(heads, expected[best], strict=True)]
+        found.append(best)
+    return total, found
 
 
-def _apart(queues: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]) -> float:
-    """Return how badly a candidate explains the next frames to each host, but for what every frame has on top."""
+def _apart(queues: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], overhead: float) -> float:
+    """Return how badly a candidate explains the next frames to each host, in bytes per frame."""
     if any(len(queue) < len(wanted) for queue, wanted in zip(queues, sizes, strict=True)):
         return math.inf
     left = [
-        seen - byte
+        abs(seen - byte - overhead)
         for queue, wanted in zip(queues, sizes, strict=True)
         for seen, byte in zip(queue, wanted, strict=False)
     ]
-    if not left:
-        return math.inf
-    overhead = statistics.median(left)
-    return sum(abs(one - overhead) for one in left) / len(left)
+    return sum(left) / len(left) if left else math.inf
 
 
 def _expected(public: PublicModel, view: WireView, hosts: Sequence[str], row: Encoded) -> list[list[float]]:
