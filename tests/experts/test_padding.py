@@ -1,6 +1,7 @@
 """Calls that are filled up: the same bits for the owner, and one size for whoever watches the network."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,11 @@ from hypothesis import strategies as st
 
 from tests.experts.conftest import batch_of
 from tests.experts.test_exact import steps
+from tests.experts.test_split import SPLIT, open_split
+from tests.experts.test_split import joined as split_joined
 from vflair_flower.errors import ConfigurationError, SessionError
 from vflair_flower.experts.padding import Room, emptied, filled, real_part, rooms
+from vflair_flower.partition import PartitionPlan
 from vflair_flower.remote.protocol import BACKWARD, FORWARD
 from vflair_flower.session import Request
 from vflair_flower.settings import ExpertSettings
@@ -54,6 +58,20 @@ def test_as_without_it_whatever_else_is_set(more: dict[str, Any], make_house: Ca
         assert torch.equal(logits, found[0][1])
         for state, before in zip(states, found[0][2], strict=True):
             assert all(torch.equal(tensor, before[name]) for name, tensor in state.items())
+
+
+def test_a_split_backbones_body_fills_its_calls_up_too(make_house: Callable[..., Any]) -> None:
+    found = []
+    for padding in ("none", "whole"):
+        house = make_house("mixtral", experts=replace(SPLIT, padding=padding), plan=PartitionPlan(tail_blocks=1))
+        with open_split(house, 3) as (companies, body):
+            owner, *others = companies
+            for other in others:
+                other.caller.finish()
+            losses = [owner.train(batch_of(step, rows=1, tokens=5), step) for step in range(2)]
+            found.append((losses, split_joined(companies, body, house)))
+    assert found[0][0] == found[1][0]
+    assert [name for name, tensor in found[0][1].items() if not torch.equal(tensor, found[1][1][name])] == []
 
 
 def test_every_host_is_called_in_every_layer_and_keeps_nothing(make_house: Callable[..., Any]) -> None:
