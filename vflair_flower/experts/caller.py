@@ -291,7 +291,7 @@ class ExpertCaller:
         vectors = self._codec.unpack(name, reply.tensors, like_RD.dtype)
         finite = vectors.shape == (length, width) and bool(torch.isfinite(vectors).all())
         if finite:
-            return vectors[:real]
+            return vectors if real == length else vectors[:real].clone()
         what = "numbers that are not finite" if vectors.shape == (length, width) else f"shape {tuple(vectors.shape)}"
         self._give_up(
             host,

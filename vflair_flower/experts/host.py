@@ -18,7 +18,7 @@ from vflair_flower.errors import DeadlineError, PartyLostError, SessionError
 from vflair_flower.experts.adapters import ExpertLora
 from vflair_flower.experts.behalf import on_behalf
 from vflair_flower.experts.modules import expert_modules, run_experts
-from vflair_flower.experts.padding import Room, emptied, filled, real_part
+from vflair_flower.experts.padding import Room, emptied, filled, opened
 from vflair_flower.experts.protocol import Codec
 from vflair_flower.memory import MemoryParts, count_kept, tensor_bytes
 from vflair_flower.remote.protocol import BACKWARD, FINISH, FORWARD, STEP
@@ -101,6 +101,7 @@ class ExpertHost:
         # Experts that no token came to have a gradient of zero, as in the whole model: AdamW moves them all the same.
         self._update.steps_without_gradient = True
         self._codec = Codec(spec)
+        self._fills = spec.experts.padding != "none"
         self._dtype = spec.weights.torch_dtype
         # LoRA makes new matrices for each call, and autograd would keep a layer's experts once more for each.
         self._adapted = any(isinstance(inner, ExpertLora) for inner in module.modules())
@@ -249,10 +250,7 @@ class ExpertHost:
         return filled(self._codec.pack(name, vectors), call.room, by_row=call.weight_R is None)
 
     def _read(self, request: Request) -> _Call:
-        tensors, room = request.tensors, None
-        if self.spec.experts is not None and self.spec.experts.padding != "none":
-            room = Room(tokens=len(tensors["hidden"]), rows=len(tensors["expert"]))
-            tensors = emptied(tensors, real_part(tensors))
+        tensors, room = opened(request.tensors) if self._fills else (request.tensors, None)
         hidden_UD = self._codec.unpack("hidden", tensors, self._dtype)
         row_R, expert_R = (tensors[name].to(torch.int64) for name in ("row", "expert"))
         weight_R = tensors.get("weight")
@@ -262,8 +260,8 @@ class ExpertHost:
         place_R = torch.where((expert_R >= 0) & (expert_R < len(place_E)), place_R, -1)
         strange = torch.unique(expert_R[place_R < 0]).tolist()
         fits = row_R.shape == expert_R.shape and (weight_R is None or weight_R.shape == row_R.shape)
-        empty = len(row_R) == 0
-        if strange or not fits or (empty and room is None) or not (empty or _names_tokens(row_R, len(hidden_UD))):
+        fits = fits and not bool(((row_R < 0) | (row_R >= len(hidden_UD))).any())
+        if strange or not fits or (len(row_R) == 0 and room is None):
             raise SessionError(
                 f"'{request.source}' sent {len(row_R)} rows of {len(hidden_UD)} tokens for the experts "
                 f"{strange or torch.unique(expert_R).tolist()} of layer {layer}; this host has "
@@ -391,10 +389,6 @@ class ExpertHost:
             taken, owners = self._update.last_step[request.source]
             return Reply({}, {"steps": taken, "owners": ", ".join(owners)})
         return Reply({})
-
-
-def _names_tokens(row_R: Tensor, tokens: int) -> bool:
-    return 0 <= int(row_R.min()) <= int(row_R.max()) < tokens
 
 
 def _places(experts: Sequence[int]) -> Tensor:

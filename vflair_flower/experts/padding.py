@@ -85,9 +85,14 @@ def filled(tensors: Mapping[str, Tensor], room: Room | None, *, by_row: bool = F
 
 
 def emptied(tensors: Mapping[str, Tensor], sent: Room, *, by_row: bool = False) -> dict[str, Tensor]:
-    """Return what crosses without its filling; `sent` says how much is real."""
-    rows = {name: sent.rows if by_row or name in _ROWS else sent.tokens for name in tensors}
-    return {name: tensor[: rows[name]] for name, tensor in tensors.items()}
+    """Return what crosses without its filling, in memory of its own; `sent` says how much is real."""
+    real = {name: sent.rows if by_row or name in _ROWS else sent.tokens for name in tensors}
+    return {name: tensor[: real[name]].clone() for name, tensor in tensors.items()}
+
+
+def opened(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Room]:
+    """Return a forward request without its filling, and to what it was filled up."""
+    return emptied(tensors, real_part(tensors)), Room(tokens=len(tensors["hidden"]), rows=len(tensors["expert"]))
 
 
 def real_part(tensors: Mapping[str, Tensor]) -> Room:
