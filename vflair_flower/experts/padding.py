@@ -84,9 +84,9 @@ def filled(tensors: Mapping[str, Tensor], room: Room | None, *, by_row: bool = F
     return {name: fill(name, tensor) for name, tensor in tensors.items()}
 
 
-def emptied(tensors: Mapping[str, Tensor], sent: Room, *, by_row: bool = False) -> dict[str, Tensor]:
+def emptied(tensors: Mapping[str, Tensor], sent: Room) -> dict[str, Tensor]:
     """Return what crosses without its filling, in memory of its own; `sent` says how much is real."""
-    real = {name: sent.rows if by_row or name in _ROWS else sent.tokens for name in tensors}
+    real = {name: sent.rows if name in _ROWS else sent.tokens for name in tensors}
     return {name: tensor[: real[name]].clone() for name, tensor in tensors.items()}
 
 
