@@ -28,20 +28,12 @@ class TestLocalLayers:
     def training(self, tiny) -> MoeRehearsal:  # noqa: F811
         return tiny.rehearse(phase="training", spec=tiny.spec(local_layers=1))
 
-    def read(self, victim, rehearsal, layer) -> tuple[float, float]:
-        """Return what matching reads of the tokens at a layer, and the readout of the labels."""
-        view, knows = rehearsal.view().at(layer), victim.knows(rehearsal)
-        tokens = run_attack(find_attack(MATCHING), view, knows, settings={"exhaustive": True})
-        labels = run_attack(find_attack("label-readout-expert"), view, knows)
-        asked = rehearsal.truth.asked(view)
-        return (
-            accuracy(rehearsal.truth, view, tokens.guess),
-            accuracy(rehearsal.truth, view, labels.guess, asked),
-        )
-
     def test_without_them_text_is_read_at_the_first_layer_and_labels_at_the_last(self, tiny, open_training):  # noqa: F811
-        assert self.read(tiny, open_training, 0)[0] >= 0.97
-        assert self.read(tiny, open_training, 3)[1] >= 0.97
+        truth, knows, view = open_training.truth, tiny.knows(open_training), open_training.view()
+        tokens = run_attack(find_attack(MATCHING), view.at(0), knows, settings={"exhaustive": True})
+        assert accuracy(truth, view.at(0), tokens.guess) >= 0.97
+        labels = run_attack(find_attack("label-readout-expert"), view.at(3), knows)
+        assert accuracy(truth, view.at(3), labels.guess, truth.asked(view.at(3))) >= 0.97
 
     def test_nothing_of_them_crosses(self, training, open_training):
         def layers(rehearsal):

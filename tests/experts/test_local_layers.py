@@ -186,7 +186,7 @@ def test_what_local_layers_do_not_go_with_is_refused(settings: dict[str, Any], w
 class TestJob:
     @pytest.fixture
     def local_spec(self, spec: SplitSpec) -> SplitSpec:  # noqa: F811
-        training = TrainingSettings(rounds=2, local_steps=2, batch_size=4, max_tokens=16)
+        training = TrainingSettings(rounds=2, local_steps=1, batch_size=4, max_tokens=16)
         first = ExpertSettings(local_layers=(1, 0))
         return dataclasses.replace(spec, experts=first, averaging="round", training=training)
 

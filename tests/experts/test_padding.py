@@ -37,7 +37,7 @@ def test_the_owner_gets_the_same_bits(family: str, padding: str, count: int, mak
         {"combine": "host"},
         {"codec": "int8"},
         {"replicas": 2},
-        {"schedule": "round-robin", "combine": "host"},
+        pytest.param({"schedule": "round-robin", "combine": "host"}, marks=pytest.mark.slow),
         {"local_layers": 1, "on_host_lost": "skip"},
     ],
     ids=str,
