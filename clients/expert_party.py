@@ -37,6 +37,7 @@ from vflair_flower.experts import (
     num_experts,
     route_locally,
     tune_experts,
+    tune_own,
 )
 from vflair_flower.experts.balance import BALANCER, balances_jointly, exchange_over, load_balance
 from vflair_flower.experts.blocks import LentChannel
@@ -50,7 +51,6 @@ from vflair_flower.partition import (
     LoadedSegment,
     ModelSource,
     load_trained_state,
-    make_trainable,
     resolve_model,
     trained_state,
 )
@@ -300,9 +300,9 @@ def _own_model(source: ModelSource, spec: SplitSpec) -> tuple[LoadedSegment, nn.
     segment = own_segment(load_admitted_config(source, spec.task), spec)
     joint = LentChannel() if hands_off(spec) else ExpertChannel()
     loaded, channel = load_backbone(
-        source, spec.task, weights=spec.weights, seed=spec.seed, segment=segment, channel=joint
+        source, spec.task, weights=spec.weights, seed=spec.seed, segment=segment, channel=joint, experts=spec.experts
     )
-    model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+    model = tune_own(loaded, spec)
     if spec.training.gradient_checkpointing:
         checkpoint_owner(loaded, channel)
     return loaded, model, channel

@@ -75,6 +75,7 @@ class Gathering:
             self.spec.task,
             backbone=lambda: {**self._average(owners), **self.body},
             experts=experts,
+            local=set(range(len(placement.host_of))) - set(placement.spread),
         )
 
     def _owners(self, model_of: str | None) -> list[str]:

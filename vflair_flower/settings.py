@@ -236,6 +236,16 @@ class ExpertSettings:
         ``"return"``: an expert's output comes back to its token's owner, and all is the whole model's function; or, as
         in the paper, the party whose experts weigh most runs the next block with its own model: for a whole sequence
         (``"hand-off-sequence"``) or for each token (``"hand-off-token"``; `vflair_flower.experts.handoff`).
+    local_layers : int or tuple[int, int]
+        The experts of so many first and as many last layers with experts (or of the first number's first and the
+        second's last ones) are part of every party's own model, and nothing of these layers is sent.  That takes the
+        two strongest reads from hosts: text by matching at the first layer, labels off the gradients at the last.
+        Layers between still leak (docs/findings.md).  Each party holds 2q of L layers' experts whole.
+    padding : str
+        What calls to hosts are filled up to, so that sizes tell a network's observer less: ``"none"``; ``"whole"``, as
+        much as a batch of so many tokens can send to a host; or ``"bucket"``, the least halving of that into which all
+        hosts' rows of the layer go.  Hosts see what is filling, and the results are the same bits
+        (`vflair_flower.experts.padding`).
     """
 
     backbone: str = "party"
@@ -253,6 +263,8 @@ class ExpertSettings:
     trained: str = "all"
     balance_coefficient: float = 0.0
     semantics: str = "return"
+    local_layers: int | tuple[int, int] = 0
+    padding: str = "none"
 
     def __post_init__(self) -> None:
         one_of("backbone", self.backbone, ("party", "split"))
@@ -308,6 +320,28 @@ class ExpertSettings:
                 "would even out choices that are not made. Use one of them."
             )
         self._check_semantics()
+        self._check_spread()
+
+    @property
+    def local_ends(self) -> tuple[int, int]:
+        """How many of the first and of the last layers with experts are every party's own."""
+        return (self.local_layers, self.local_layers) if isinstance(self.local_layers, int) else self.local_layers
+
+    def _check_spread(self) -> None:
+        one_of("padding", self.padding, ("none", "bucket", "whole"))
+        if min(self.local_ends) < 0:
+            raise ConfigurationError(f"local_layers is {self.local_layers}; choose 0 (none) or more.")
+        if any(self.local_ends) and (self.backbone != "party" or self.semantics != "return"):
+            raise ConfigurationError(
+                f"local_layers is {self.local_layers}, backbone {self.backbone!r} and semantics {self.semantics!r}: "
+                "local layers belong to whole models that parties run themselves. Set backbone to 'party' and "
+                "semantics to 'return', or local_layers to 0."
+            )
+        if self.padding != "none" and self.semantics != "return":
+            raise ConfigurationError(
+                f"padding is {self.padding!r} and semantics {self.semantics!r}: what is handed from lead to lead says "
+                "by its size where tokens go. Set semantics to 'return', or padding to 'none'."
+            )
 
     def _check_semantics(self) -> None:
         one_of("semantics", self.semantics, ("return", "hand-off-sequence", "hand-off-token"))

@@ -23,6 +23,7 @@ from vflair_flower.experts import (
     load_experts,
     num_experts,
     tune_experts,
+    tune_own,
 )
 from vflair_flower.experts.blocks import LentChannel
 from vflair_flower.experts.finished import joined_experts
@@ -30,7 +31,7 @@ from vflair_flower.experts.handoff import HandOff, hands_off
 from vflair_flower.experts.leads import Lead
 from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.experts.recompute import checkpoint_owner
-from vflair_flower.partition import ModelSource, make_trainable, resolve_model
+from vflair_flower.partition import ModelSource, resolve_model
 from vflair_flower.partition.sources import load_config
 from vflair_flower.session import Hub, connect
 from vflair_flower.settings import (
@@ -100,9 +101,14 @@ class House:
             for name in names:
                 joint = LentChannel() if hands_off(self.spec) else ExpertChannel()
                 loaded, channel = load_backbone(
-                    self.source, self.spec.task, weights=self.spec.weights, seed=3, channel=joint
+                    self.source,
+                    self.spec.task,
+                    weights=self.spec.weights,
+                    seed=3,
+                    channel=joint,
+                    experts=self.spec.experts,
                 )
-                model = make_trainable(loaded, self.spec.tuning, self.spec.task, seed=self.spec.seed)
+                model = tune_own(loaded, self.spec)
                 if self.spec.training.gradient_checkpointing:
                     checkpoint_owner(loaded, channel)
                 own = placement.experts_of(name)

@@ -108,7 +108,11 @@ def break_in_round_2(monkeypatch, *, goes):
     monkeypatch.setattr(data_party, "train_round", failing)
 
 
-@pytest.mark.parametrize("experts", [ExpertSettings(), ExpertSettings(combine="host")], ids=["owner", "host"])
+@pytest.mark.parametrize(
+    "experts",
+    [ExpertSettings(), ExpertSettings(combine="host"), ExpertSettings(local_layers=(0, 1), padding="bucket")],
+    ids=["owner", "host", "defended"],
+)
 def test_concurrent_is_centralised_training_on_the_joined_batch(nodes, spec, experts, tmp_path):
     """SGD, four parties, gradients of their own models averaged at every step.
 

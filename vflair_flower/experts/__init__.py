@@ -1,6 +1,6 @@
 """PC-MoE (arXiv 2506.02965): the experts of one model at many parties, called by all of them."""
 
-from vflair_flower.experts.adapters import EXPERT_TARGETS, tune_experts
+from vflair_flower.experts.adapters import EXPERT_TARGETS, tune_experts, tune_own
 from vflair_flower.experts.caller import ExpertCaller
 from vflair_flower.experts.coactivation import count_coactivation, place_by_coactivation
 from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
@@ -34,4 +34,5 @@ __all__ = [
     "prefer_experts",
     "route_locally",
     "tune_experts",
+    "tune_own",
 ]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.experts.modules import expert_modules
+from vflair_flower.partition import LoadedSegment, make_trainable
 from vflair_flower.partition.adapters import draw_kaiming
 from vflair_flower.settings import LoraSettings
 from vflair_flower.spec import SplitSpec
@@ -100,6 +101,25 @@ def tune_experts(shard: nn.Module, experts: Mapping[str, tuple[int, ...]], spec:
                 transposed=bool(module.is_transposed),
             )
             module.add_module(f"{leaf}_lora", lora)
+
+
+def tune_own(loaded: LoadedSegment, spec: SplitSpec) -> nn.Module:
+    """Make a party's own model ready for training, in place; what it has of experts as `tune_experts` does hosts'.
+
+    Parameters
+    ----------
+    loaded : LoadedSegment
+        As `load_backbone` returns it.
+    spec : SplitSpec
+        The job.
+    """
+    assert spec.experts is not None
+    local, trained = expert_modules(loaded.model), spec.experts.trained == "all"
+    targets = EXPERT_TARGETS if local and trained else ()
+    model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed, target_parameters=targets)
+    for module in () if trained else local.values():
+        module.requires_grad_(False)
+    return model
 
 
 def refuse_expert_tuning(spec: SplitSpec) -> None:

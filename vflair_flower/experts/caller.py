@@ -5,6 +5,7 @@ Invariants: a call ends at the latest at the link's deadline; an answer that com
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from vflair_flower.errors import PartyLostError, SessionClosedError, SessionError
 from vflair_flower.experts.copies import preferred_copies, refuse_parted
 from vflair_flower.experts.dispatch import Answer, Portion
+from vflair_flower.experts.padding import Room, filled, rooms
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.protocol import INDEX_DTYPE, Codec
 from vflair_flower.remote.protocol import BACKWARD, FINISH, FORWARD, STEP
@@ -49,6 +51,8 @@ class ExpertCaller:
         self._link, self._own, self._placement = link, own, placement
         self._settings = spec.experts
         self._codec = Codec(spec)
+        self._first = placement.spread[0]
+        self._held = {host: list(map(len, placement.experts_of(host))) for host in placement.called}
         self._preferred = preferred_copies(placement, link.party)
         self._calls = 0
         self._pool = ThreadPoolExecutor(len(placement.hosts), thread_name_prefix=f"vflair-owner-{link.party}")
@@ -61,7 +65,7 @@ class ExpertCaller:
         self, layer: int, rows_RD: Tensor, expert_R: Tensor, token_R: Tensor, weight_R: Tensor, *, keep: bool
     ) -> Sequence[Answer]:
         """Run rows, sorted by expert, at their hosts; see `ExpertCalls`."""
-        if layer == 0:
+        if layer == self._first:
             count = int(token_R.max()) + 1
             self.tokens += count
             self.rows_since_step += count if keep else 0
@@ -95,7 +99,8 @@ class ExpertCaller:
             }
             if self.combine == "host":
                 tensors["weight"] = weight_R[portion.rows_N].to("cpu", torch.float32)
-            asked[portion.host] = (tensors, {"layer": portion.layer, "call": self._calls, "keep": keep})
+            meta = {"layer": portion.layer, "call": self._calls, "keep": keep}
+            asked[portion.host] = (filled(tensors, portion.room), meta)
             if self.watch is not None:
                 self.watch(self._calls, portion)
         replies = self._ask(FORWARD, asked)
@@ -103,8 +108,7 @@ class ExpertCaller:
         for portion in portions:
             output, reply = None, replies[portion.host]
             if reply is not None:
-                length, width = self._length(portion), rows_RD.shape[1]
-                output = self._checked("output", reply, length, width, rows_RD.dtype, portion.host, FORWARD)
+                output = self._checked("output", reply, portion, rows_RD, FORWARD)
             answers.append(Answer(portion=portion, call=int(asked[portion.host][1]["call"]), output=output))
         return answers
 
@@ -119,7 +123,7 @@ class ExpertCaller:
             tensors = self._codec.pack("grad", grad_RD[answer.portion.first_U])
             if self.combine == "owner":
                 tensors["weight"] = weight_R[answer.portion.rows_N].to("cpu", torch.float32)
-            asked[answer.portion.host] = (tensors, {"call": answer.call})
+            asked[answer.portion.host] = (filled(tensors, answer.portion.room), {"call": answer.call})
         replies = self._ask(BACKWARD, asked)
         back: list[tuple[Tensor | None, Tensor | None]] = []
         waiting_R = torch.zeros(len(grad_RD), dtype=torch.bool)
@@ -129,12 +133,12 @@ class ExpertCaller:
             portion, reply = answer.portion, replies.get(answer.portion.host)
             grad = None
             if reply is not None:
-                length, width = self._length(portion), grad_RD.shape[1]
-                grad = self._checked("grad", reply, length, width, grad_RD.dtype, portion.host, BACKWARD)
+                grad = self._checked("grad", reply, portion, grad_RD, BACKWARD)
             if reply is None or grad is None:
                 back.append((None, None))
             else:
-                back.append((grad, reply.tensors.get("weight_grad")))
+                weight_grad = reply.tensors.get("weight_grad")
+                back.append((grad, None if weight_grad is None else weight_grad[: len(portion.rows_N)]))
                 waiting_R[portion.rows_N] = False
         for answer in answers:
             self._refuse_lost(answer.portion.layer, answer.portion.expert_N[waiting_R[answer.portion.rows_N]])
@@ -175,9 +179,14 @@ class ExpertCaller:
                 f"{self._settings.k_min}. Lower k_min, or train without that party",
             )
 
-    def _length(self, portion: Portion) -> int:
-        """Return how many vectors a host answers for a portion: one per row, or per token if it combines."""
-        return len(portion.first_U if self.combine == "host" else portion.rows_N)
+    def _lengths(self, portion: Portion) -> tuple[int, int]:
+        """Return how many vectors a host answers for a portion, without and with what they are filled up by.
+
+        One per row, or per token if it combines.
+        """
+        sent = Room(tokens=len(portion.first_U), rows=len(portion.rows_N))
+        room = portion.room or sent
+        return (sent.tokens, room.tokens) if self.combine == "host" else (sent.rows, room.rows)
 
     def _alive(self) -> Tensor:
         """Return, for each host, whether it is still asked."""
@@ -190,7 +199,7 @@ class ExpertCaller:
         for index, host in enumerate(self._placement.hosts):
             here_RC = (copies_RC == index) & asked_RC
             rows_N = torch.nonzero(here_RC.any(-1)).squeeze(-1)
-            if len(rows_N) == 0:
+            if len(rows_N) == 0 and not self._fills(layer, host):
                 continue
             tokens_U, token_N = torch.unique(token_R[rows_N], return_inverse=True)
             first_U = torch.empty_like(tokens_U)
@@ -207,7 +216,26 @@ class ExpertCaller:
                     rank_N=here_RC[rows_N].long().argmax(-1),
                 )
             )
-        return portions
+        return self._filled_up(portions, expert_R, token_R)
+
+    def _fills(self, layer: int, host: str) -> bool:
+        """Whether a host is called also where nothing goes to it."""
+        called = host in self._held and bool(self._held[host][layer]) and host not in self.lost
+        return called and self._settings.padding != "none"
+
+    def _filled_up(self, portions: list[Portion], expert_R: Tensor, token_R: Tensor) -> list[Portion]:
+        """Give portions their rooms, where calls are filled up."""
+        if self._settings.padding == "none":
+            return portions
+        tokens = int(token_R.max()) + 1
+        found = rooms(
+            self._settings.padding,
+            {one.host: Room(tokens=len(one.first_U), rows=len(one.rows_N)) for one in portions},
+            {one.host: self._held[one.host][one.layer] for one in portions},
+            tokens=tokens,
+            per_token=len(expert_R) // tokens,
+        )
+        return [replace(one, room=found[one.host]) for one in portions]
 
     def _refuse_lost(self, layer: int, expert_N: Tensor) -> None:
         """Raise PartyLostError for experts of which no copy has answered, where copies are to stand in."""
@@ -257,14 +285,13 @@ class ExpertCaller:
             raise error
         self.lost.setdefault(host, f"the host '{host}' did not answer '{operation}': {error}")
 
-    def _checked(
-        self, name: str, reply: Reply, length: int, width: int, dtype: torch.dtype, host: str, operation: str
-    ) -> Tensor | None:
+    def _checked(self, name: str, reply: Reply, portion: Portion, like_RD: Tensor, operation: str) -> Tensor | None:
         """Return an answer's vectors, or None if they are no answer and hosts may be skipped."""
-        vectors = self._codec.unpack(name, reply.tensors, dtype)
+        host, width, (real, length) = portion.host, like_RD.shape[1], self._lengths(portion)
+        vectors = self._codec.unpack(name, reply.tensors, like_RD.dtype)
         finite = vectors.shape == (length, width) and bool(torch.isfinite(vectors).all())
         if finite:
-            return vectors
+            return vectors if real == length else vectors[:real].clone()
         what = "numbers that are not finite" if vectors.shape == (length, width) else f"shape {tuple(vectors.shape)}"
         self._give_up(
             host,

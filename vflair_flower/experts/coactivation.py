@@ -46,8 +46,8 @@ def count_coactivation(model: PreTrainedModel, batches: Iterable[Mapping[str, Te
     ModelError
         If the model has no experts.
     """
-    modules = [module for module in model.modules() if isinstance(module, RemoteExperts)]
-    modules = modules or list(expert_modules(model).values())  # type: ignore[arg-type]
+    whole = expert_modules(model)
+    modules = [m for name, m in model.named_modules() if isinstance(m, RemoteExperts) or name in whole]
     if not modules:
         raise ModelError("the model has no experts to count; give a mixture-of-experts model.")
     counts_LEE = torch.zeros(len(modules), num_experts(model.config), num_experts(model.config), dtype=torch.int64)

@@ -19,15 +19,16 @@ def preferred_copies(placement: Placement, owner: str) -> list[Tensor]:
     """Return, per layer, ``[E, C]``: the hosts of each expert in the order in which their answers count to an owner.
 
     The owner itself comes first where it holds a copy, then the expert's host, then those that follow it.  A row of
-    fewer than C hosts is filled up with its last one.
+    fewer than C hosts is filled up with its last one; a layer without hosts has no rows.
     """
     own = placement.hosts.index(owner) if owner in placement.hosts else -1
     preferred = []
     for layer, homes in enumerate(placement.host_of):
         held = [placement.holders_of(layer, expert) for expert in range(len(homes))]
         ordered = [sorted(copies, key=lambda index: index != own) for copies in held]
-        width = max(map(len, ordered))
-        preferred.append(torch.tensor([copies + copies[-1:] * (width - len(copies)) for copies in ordered]))
+        width = max(map(len, ordered), default=0)
+        filled = [copies + copies[-1:] * (width - len(copies)) for copies in ordered]
+        preferred.append(torch.tensor(filled, dtype=torch.int64).view(len(homes), width))
     return preferred
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vflair_flower.errors import SessionClosedError, SessionError
+from vflair_flower.experts.padding import Room
 
 _NO_RANK = 1 << 30
 """Comes after every copy's rank."""
@@ -42,6 +43,8 @@ class Portion:
         Integer: for each token, the place among all R rows of one of its rows.
     rank_N : torch.Tensor
         Integer: how many other copies of the row's expert have an answer that would count before this host's.
+    room : Room or None
+        To what calls about these rows are filled up.
     """
 
     layer: int
@@ -52,6 +55,7 @@ class Portion:
     tokens_U: Tensor
     first_U: Tensor
     rank_N: Tensor
+    room: Room | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ are in memory: the whole model need not fit.
 Invariant: names, shapes and values are those that `save_pretrained` writes of the whole model.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ def write_checkpoint(
     *,
     backbone: Callable[[], Mapping[str, Tensor]],
     experts: Callable[[int], Pieces],
+    local: Collection[int] = (),
 ) -> None:
     """Write a whole model.
 
@@ -46,9 +47,11 @@ def write_checkpoint(
     task : TaskSettings
         Chooses the task class.
     backbone : callable
-        Returns all tensors but the experts'.
+        Returns all tensors but the spread experts'.
     experts : callable
         Gets a place among the layers with experts, returns the pieces of that layer.
+    local : collection of int
+        The places of layers whose experts come with the backbone.
 
     Raises
     ------
@@ -59,21 +62,26 @@ def write_checkpoint(
     with torch.device("meta"):
         model = task_class(config, task)(config)
     with written_at_once(folder) as draft:
-        write_tensors(draft, _converted(model, backbone, experts))
+        write_tensors(draft, _converted(model, backbone, experts, local))
         _write_settings(model, source, draft)
 
 
 def _converted(
-    model: PreTrainedModel, backbone: Callable[[], Mapping[str, Tensor]], experts: Callable[[int], Pieces]
+    model: PreTrainedModel,
+    backbone: Callable[[], Mapping[str, Tensor]],
+    experts: Callable[[int], Pieces],
+    local: Collection[int],
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield all tensors under their names on disk."""
     left_out = set(model._keys_to_ignore_on_save or ()) | model.all_tied_weights_keys.keys()
-    inside = tuple(f"{name}." for name in expert_modules(model))
+    inside = tuple(f"{name}." for layer, name in enumerate(expert_modules(model)) if layer not in local)
     like = {name: t for name, t in model.state_dict().items() if name not in left_out}
     own = {name: t for name, t in backbone().items() if name not in left_out}
     _check("the model without experts", own, {n: t for n, t in like.items() if not n.startswith(inside)})
     yield from _on_disk(model, own)
     for layer, name in enumerate(expert_layers(model)):
+        if layer in local:
+            continue
         wanted = {n: t for n, t in like.items() if n.startswith(f"{name}.")}
         whole = _joined(name, int(model.get_submodule(name).num_experts), experts(layer), wanted)  # type: ignore[arg-type]
         _check(name, whole, wanted)

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vflair_flower.errors import CheckpointError
-from vflair_flower.experts.adapters import EXPERT_TARGETS, tune_experts
+from vflair_flower.experts.adapters import EXPERT_TARGETS, tune_experts, tune_own
 from vflair_flower.experts.loading import layers_and_placement, load_backbone, load_experts, own_segment
 from vflair_flower.experts.modules import expert_modules, num_experts
-from vflair_flower.partition import ModelSource, load_trained_state, make_trainable
+from vflair_flower.partition import ModelSource, load_trained_state
 from vflair_flower.partition.sources import load_config
 from vflair_flower.spec import SplitSpec
 
@@ -20,8 +20,10 @@ from vflair_flower.spec import SplitSpec
 def finished_backbone(source: ModelSource, spec: SplitSpec, trained: Mapping[str, Tensor] | None) -> PreTrainedModel:
     """Load what a party has of the model without experts, as it was trained; None is as it began."""
     segment = own_segment(load_config(source, spec.task), spec)
-    loaded, _ = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed, segment=segment)
-    model = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+    loaded, _ = load_backbone(
+        source, spec.task, weights=spec.weights, seed=spec.seed, segment=segment, experts=spec.experts
+    )
+    model = tune_own(loaded, spec)
     if trained:
         load_trained_state(model, trained)
     return cast("PreTrainedModel", model.merge_and_unload() if isinstance(model, PeftModel) else model)

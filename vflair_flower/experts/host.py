@@ -18,6 +18,7 @@ from vflair_flower.errors import DeadlineError, PartyLostError, SessionError
 from vflair_flower.experts.adapters import ExpertLora
 from vflair_flower.experts.behalf import on_behalf
 from vflair_flower.experts.modules import expert_modules, run_experts
+from vflair_flower.experts.padding import Room, emptied, filled, opened
 from vflair_flower.experts.protocol import Codec
 from vflair_flower.memory import MemoryParts, count_kept, tensor_bytes
 from vflair_flower.remote.protocol import BACKWARD, FINISH, FORWARD, STEP
@@ -38,6 +39,8 @@ class _Call:
     expert_R: Tensor
     weight_R: Tensor | None
     layer: int
+    room: Room | None = None
+    """To what answers are filled up."""
     entered: Tensor | None = None
     output: Tensor | None = None
     """None, as `entered`, where it is computed again in the backward pass."""
@@ -98,6 +101,7 @@ class ExpertHost:
         # Experts that no token came to have a gradient of zero, as in the whole model: AdamW moves them all the same.
         self._update.steps_without_gradient = True
         self._codec = Codec(spec)
+        self._fills = spec.experts.padding != "none"
         self._dtype = spec.weights.torch_dtype
         # LoRA makes new matrices for each call, and autograd would keep a layer's experts once more for each.
         self._adapted = any(isinstance(inner, ExpertLora) for inner in module.modules())
@@ -239,19 +243,25 @@ class ExpertHost:
                 if request.source in self._open:
                     self._kept[request.source, int(request.meta["call"])] = call
                     self._note_kept()
-        return Reply(self._codec.pack("output", output))
+        return Reply(self._filled("output", output, call))
+
+    def _filled(self, name: str, vectors: Tensor, call: _Call) -> dict[str, Tensor]:
+        """Pack an answer of one vector for each row, or (where this host combines) for each token."""
+        return filled(self._codec.pack(name, vectors), call.room, by_row=call.weight_R is None)
 
     def _read(self, request: Request) -> _Call:
-        hidden_UD = self._codec.unpack("hidden", request.tensors, self._dtype)
-        row_R, expert_R = (request.tensors[name].to(torch.int64) for name in ("row", "expert"))
-        weight_R = request.tensors.get("weight")
+        tensors, room = opened(request.tensors) if self._fills else (request.tensors, None)
+        hidden_UD = self._codec.unpack("hidden", tensors, self._dtype)
+        row_R, expert_R = (tensors[name].to(torch.int64) for name in ("row", "expert"))
+        weight_R = tensors.get("weight")
         layer = int(request.meta["layer"])
         place_E = self._place_of[layer] if 0 <= layer < len(self._place_of) else _places(())
         place_R = place_E[expert_R.clamp(0, len(place_E) - 1)]
         place_R = torch.where((expert_R >= 0) & (expert_R < len(place_E)), place_R, -1)
         strange = torch.unique(expert_R[place_R < 0]).tolist()
         fits = row_R.shape == expert_R.shape and (weight_R is None or weight_R.shape == row_R.shape)
-        if strange or not fits or len(row_R) == 0 or not 0 <= int(row_R.min()) <= int(row_R.max()) < len(hidden_UD):
+        fits = fits and not bool(((row_R < 0) | (row_R >= len(hidden_UD))).any())
+        if strange or not fits or (len(row_R) == 0 and room is None):
             raise SessionError(
                 f"'{request.source}' sent {len(row_R)} rows of {len(hidden_UD)} tokens for the experts "
                 f"{strange or torch.unique(expert_R).tolist()} of layer {layer}; this host has "
@@ -266,10 +276,12 @@ class ExpertHost:
                 f"combines at the {self.spec.experts.combine}."
             )
         weights = None if weight_R is None else weight_R.to(self._dtype).clone()
-        return _Call(hidden_UD=hidden_UD, row_R=row_R, expert_R=place_R, weight_R=weights, layer=layer)
+        return _Call(hidden_UD=hidden_UD, row_R=row_R, expert_R=place_R, weight_R=weights, layer=layer, room=room)
 
     def _run(self, call: _Call) -> tuple[Tensor, Tensor]:
         """Return what the gradient is wanted of, rows or (where this host combines) tokens, and the answer."""
+        if len(call.row_R) == 0:
+            return call.hidden_UD, call.hidden_UD
         module = self._modules[call.layer]
         assert module is not None
         if call.weight_R is None:
@@ -287,14 +299,20 @@ class ExpertHost:
             call = self._kept.pop(key, None)
         if call is None:
             raise not_open(*key)
-        grad = self._codec.unpack("grad", request.tensors, self._dtype)
-        weight_R = request.tensors.get("weight")
+        tensors = request.tensors
+        if call.room is not None:
+            tensors = emptied(tensors, Room(tokens=len(call.hidden_UD), rows=len(call.row_R)))
+        grad = self._codec.unpack("grad", tensors, self._dtype)
+        weight_R = tensors.get("weight")
         if len(grad) != len(call.hidden_UD) or (call.weight_R is None) is (weight_R is None):
             raise SessionError(
                 f"'{request.source}' sent the gradient of {len(grad)} tokens "
                 f"{'without' if weight_R is None else 'with'} weights, and call {key[1]} was of {len(call.hidden_UD)}; "
                 "send one per token, and weights where the owner combines."
             )
+        if len(call.row_R) == 0:  # all filling: the answer is nothing, filled up
+            nothing = {} if call.weight_R is None else {"weight_grad": call.weight_R.detach().float()}
+            return Reply({**self._filled("grad", grad, call), **filled(nothing, call.room)})
         call.grad, call.back_weight_R = grad, None if weight_R is None else weight_R.to(self._dtype)
         with torch.enable_grad():
             if call.output is None:
@@ -311,9 +329,9 @@ class ExpertHost:
         else:
             own = dict(zip(parameters, found[1 + len(weights) :], strict=True))
             self._update.add_gradients(request.source, {name: g for name, g in own.items() if g is not None})
-        back = self._codec.pack("grad", found[0])
+        back = self._filled("grad", found[0], call)
         if weights:
-            back["weight_grad"] = found[1].float()
+            back |= filled({"weight_grad": found[1].float()}, call.room)
         return Reply(back)
 
     def _training_together(self) -> bool:

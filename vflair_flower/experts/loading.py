@@ -1,7 +1,7 @@
 """Load a party's two parts of a mixture-of-experts model: the model without experts, and its own experts alone."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,18 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vflair_flower.errors import ModelError
+from vflair_flower.experts.adapters import tune_own
 from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
 from vflair_flower.experts.modules import expert_layers, expert_modules, keep_experts, num_experts
-from vflair_flower.experts.placement import Placement, place_experts
-from vflair_flower.partition import LoadedSegment, ModelSource, Segment, load_segment, make_trainable
+from vflair_flower.experts.placement import Placement, local_places, place_experts
+from vflair_flower.partition import LoadedSegment, ModelSource, Segment, load_segment
 from vflair_flower.partition.cut import cut
 from vflair_flower.partition.export import fetch_files, tensor_files
 from vflair_flower.partition.holes import put
 from vflair_flower.partition.loading import quiet, task_class
 from vflair_flower.partition.sources import load_config
 from vflair_flower.partition.structure import num_blocks
-from vflair_flower.settings import TaskSettings, WeightSettings
+from vflair_flower.settings import ExpertSettings, TaskSettings, WeightSettings
 from vflair_flower.spec import SplitSpec
 
 _LAYER, _EXPERT = re.compile(r"\.layers\.(\d+)\."), re.compile(r"\.experts\.(\d+)\.")
@@ -34,23 +35,33 @@ def load_backbone(
     seed: int = 0,
     segment: Segment | None = None,
     channel: ExpertChannel | None = None,
+    experts: ExpertSettings | None = None,
 ) -> tuple[LoadedSegment, ExpertChannel]:
-    """Load all of a model, or of a segment, but its experts, and the channel that its layers call theirs through.
+    """Load all of a model, or of a segment, but spread experts, and the channel that its layers call theirs through.
+
+    Experts are spread in all layers, but for those that `experts` keeps local.
 
     Raises
     ------
     ModelError
         If the checkpoint cannot be read, or its model has no experts.
+    ConfigurationError
+        If `experts` leaves no layer to spread.
     """
     channel = channel or ExpertChannel()
     config = load_config(source, task)
     layers = expert_layer_names(config, task)
+    local = local_places(experts or ExpertSettings(), len(layers))
 
     def edit(model: PreTrainedModel) -> None:
-        _spread(model, channel, layers)
+        _spread(model, channel, layers, local)
 
     own = segment or Segment.whole(num_blocks(config))
-    return load_segment(source, own, task, weights=weights, seed=seed, edit=edit), channel
+    loaded = load_segment(source, own, task, weights=weights, seed=seed, edit=edit)
+    for module in expert_modules(loaded.model).values():
+        for parameter in module.parameters():  # where they lie in a file changes the last bits
+            parameter.data = parameter.data.clone()
+    return loaded, channel
 
 
 def own_segment(config: PreTrainedConfig, spec: SplitSpec) -> Segment:
@@ -60,22 +71,25 @@ def own_segment(config: PreTrainedConfig, spec: SplitSpec) -> Segment:
     return spec.plan.data_party(blocks) if spec.experts.backbone == "split" else Segment.whole(blocks)
 
 
-def _spread(model: PreTrainedModel, channel: ExpertChannel, layers: Sequence[str]) -> None:
-    """Let what a model has of the layers with experts, named in order, call theirs."""
+def _spread(model: PreTrainedModel, channel: ExpertChannel, layers: Sequence[str], local: Collection[int]) -> None:
+    """Let what a model has of the layers with experts, named in order, call theirs, but for local ones."""
     for name in expert_modules(model):
+        if layers.index(name) in local:
+            continue
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, RemoteExperts(channel, layers.index(name)))
 
 
 def backbone_parameters(config: PreTrainedConfig, spec: SplitSpec) -> int:
-    """Return how many parameters a party trains of what it has, experts left out; built on the meta device."""
+    """Return how many parameters a party trains of what it has, spread experts left out; built on the meta device."""
+    assert spec.experts is not None
     segment = own_segment(config, spec)
     with torch.device("meta"):
         model = task_class(config, spec.task)(config)
         layers = expert_layers(model)
         loaded = LoadedSegment(model, segment, cut(model, segment), ())
-        _spread(model, ExpertChannel(), layers)
-        tuned = make_trainable(loaded, spec.tuning, spec.task, seed=spec.seed)
+        _spread(model, ExpertChannel(), layers, local_places(spec.experts, len(layers)))
+        tuned = tune_own(loaded, spec)
     return sum(p.numel() for p in {id(p): p for p in tuned.parameters() if p.requires_grad}.values())
 
 

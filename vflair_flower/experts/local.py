@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.experts.finished import finished_backbone, finished_experts
 from vflair_flower.experts.loading import expert_layer_names
+from vflair_flower.experts.modules import num_experts
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.routing import check_enough_experts, prefer_experts
 from vflair_flower.partition import ModelSource
@@ -93,8 +94,8 @@ def load_local(
         )
     config = load_config(source, spec.task)
     names, own = expert_layer_names(config, spec.task), placement.experts_of(party)
-    count = len(placement.host_of[0])
-    others = {layer: tuple(sorted(set(range(count)) - set(chosen))) for layer, chosen in enumerate(own)}
+    count = num_experts(config)
+    others = {layer: tuple(sorted(set(range(count)) - set(own[layer]))) for layer in placement.spread}
     check_enough_experts(config, others)
     model = finished_backbone(source, spec, None if trained is None else trained["own"])
     by_name = dict(zip(names, own, strict=True))
@@ -102,7 +103,8 @@ def load_local(
     routing = ExitStack()
     routing.enter_context(prefer_experts(model, masked=others))
     object.__setattr__(model, "own_routing", routing)  # lasts as long as the model does
-    for name, chosen in by_name.items():
+    for name in (names[layer] for layer in placement.spread):
+        chosen = by_name[name]
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, OwnExperts(experts.get_submodule(name), chosen, count))
     model.eval()

@@ -87,6 +87,8 @@ def _experts_state(
     state = {}
     for parameter, (wrapper, module) in wrapped_parameters(tuned).items():
         layer = layers.index(parameter.rpartition(".")[0])
+        if layer not in placement.spread:
+            continue  # the owner's own
         a_ErI = _gathered(f"{parameter}_lora.lora_A", hosts, placement, layer)
         b_EOr = _gathered(f"{parameter}_lora.lora_B", hosts, placement, layer)
         name = f"base_model.model.{wrapper}"

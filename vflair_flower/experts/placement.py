@@ -16,7 +16,7 @@ class Placement:
     hosts : tuple[str, ...]
         The parties, by name.
     host_of : tuple[tuple[int, ...], ...]
-        Per layer, for each expert the index of its host.
+        Per layer, for each expert the index of its host; empty for a layer that every party has in its own model.
     replicas : int
         How many hosts hold each expert.
     opted_out : tuple[int, ...]
@@ -29,7 +29,7 @@ class Placement:
     opted_out: tuple[int, ...] = ()
 
     def holders_of(self, layer: int, expert: int) -> tuple[int, ...]:
-        """Return the indices of the hosts of an expert: its own, then those with a copy, in the order of names."""
+        """Return the indices of a spread expert's hosts: its own, then those with a copy, in the order of names."""
         first, n = self.host_of[layer][expert], len(self.hosts)
         if first in self.opted_out:
             return (first,)
@@ -53,13 +53,30 @@ class Placement:
         """The hosts whose experts are called: all that have not opted out."""
         return tuple(host for index, host in enumerate(self.hosts) if index not in self.opted_out)
 
+    @property
+    def spread(self) -> tuple[int, ...]:
+        """The layers whose experts are at hosts, ascending."""
+        return tuple(layer for layer, homes in enumerate(self.host_of) if homes)
+
+
+def local_places(settings: ExpertSettings, layers: int) -> frozenset[int]:
+    """Return which of a model's layers with experts every party has in its own model; refuse all of them."""
+    first, last = settings.local_ends
+    if first + last >= layers and first + last:
+        raise ConfigurationError(
+            f"local_layers is {settings.local_layers}, and the model has {layers} layers with experts; none would be "
+            f"left to spread. Keep fewer than {layers} layers in all, or train without spread experts."
+        )
+    return frozenset((*range(first), *range(layers - last, layers)))
+
 
 def place_experts(settings: ExpertSettings, hosts: Sequence[str], *, layers: int, experts: int) -> Placement:
     """Spread every layer's experts over the parties.
 
     ``"round-robin"`` deals them one after the other, beginning with another party in each layer, so that uneven shares
     even out.  ``"capacity"`` gives each party as many as its capacity says of the whole (largest remainder, at least
-    one), in a row.  ``"table"`` is what the settings say.
+    one), in a row.  ``"table"`` is what the settings say.  Layers that are every party's own count as layers, and have
+    no hosts, whatever a table says of them.
 
     Parameters
     ----------
@@ -73,8 +90,10 @@ def place_experts(settings: ExpertSettings, hosts: Sequence[str], *, layers: int
     Raises
     ------
     ConfigurationError
-        If there are more parties than experts, or more copies than parties, or the settings name others than them.
+        If there are more parties than experts, or more copies than parties, or the settings name others than them, or
+        no layer is left to spread.
     """
+    local = local_places(settings, layers)
     names = tuple(sorted(hosts))
     n = len(names)
     if not 1 <= n <= experts:
@@ -108,6 +127,7 @@ def place_experts(settings: ExpertSettings, hosts: Sequence[str], *, layers: int
                 f"the experts' table names host {odd[0]}, and there are {n} parties. Number them from 0 to {n - 1}, in "
                 "the order of their names."
             )
+    host_of = tuple(() if layer in local else homes for layer, homes in enumerate(host_of))
     return Placement(
         hosts=names, host_of=host_of, replicas=settings.replicas, opted_out=tuple(sorted(settings.opted_out))
     )

@@ -15,8 +15,9 @@ hidden, G groups of numbers with a scale.
 token goes to a host once, however many of its experts it is routed to.  The router's weights go there in the backward
 pass (the gradient of a row is the token's times its weight), and with ``combine="host"`` in the forward pass as well.
 Where experts have copies, the reply to a step says in plain values which step it was and whose gradients it was taken
-with.  With the codec ``"int8"`` each float tensor is followed by its scales, `<name>_scale` [., G].  What hand-off adds
-is in `vflair_flower.experts.block_calls`.
+with.  With `padding` all first dimensions are filled up (`vflair_flower.experts.padding`).  With the codec ``"int8"``
+each float tensor is followed by its scales, `<name>_scale` [., G].  What hand-off adds is in
+`vflair_flower.experts.block_calls`.
 """
 
 import math

@@ -165,7 +165,7 @@ class _WatchedCaller(ExpertCaller):
         answers = super().forward(layer, rows_RD, expert_R, token_R, weight_R, keep=keep)
         batch = len(self.columns_BT)
         width = (int(token_R.max()) + 1) // batch
-        if layer == 0:
+        if layer == self._first:
             self.start, self.done = self.done, self.done + width
         for answer in answers:
             flat_U = token_R.cpu()[answer.portion.first_U]
@@ -187,7 +187,7 @@ def _open(
     *,
     training: bool,
 ) -> Iterator[tuple[nn.Module, _WatchedCaller]]:
-    loaded, channel = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed)
+    loaded, channel = load_backbone(source, spec.task, weights=spec.weights, seed=spec.seed, experts=spec.experts)
     model = make_trainable(loaded, None, spec.task, seed=spec.seed).train(training)
 
     with ExitStack() as stack:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vflair_flower.errors import ConfigurationError, DataError
+from vflair_flower.experts.padding import Room, emptied, real_part
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.protocol import Codec
 from vflair_flower.remote.protocol import BACKWARD, FORWARD
@@ -240,12 +241,18 @@ def host_view(
         raise ConfigurationError(f"the coalition is {list(hosts)}; choose from {', '.join(placement.hosts)}.")
     codec = Codec(spec)
     found: dict[tuple[str, str, int], HostCall] = {}
+    sent: dict[tuple[str, str, int], Room] = {}
     for seen in sightings:
         to_us = seen.direction == "down" and seen.party in hosts and seen.source not in hosts
         if not to_us or seen.kind is not Kind.CALL or seen.operation not in (FORWARD, BACKWARD):
             continue
         key = (seen.session, seen.source, int(seen.meta["call"]))
-        weight = seen.tensors.get("weight")
+        if seen.operation == FORWARD:
+            sent[key] = real_part(seen.tensors)
+        if key not in sent or sent[key].rows == 0:
+            continue
+        tensors = emptied(seen.tensors, sent[key])
+        weight = tensors.get("weight")
         weight_R = None if weight is None else weight.to("cpu", torch.float32, copy=True)
         if seen.operation == FORWARD:
             found[key] = HostCall(
@@ -254,15 +261,15 @@ def host_view(
                 host=seen.party,
                 layer=int(seen.meta["layer"]),
                 number=key[2],
-                tokens_UD=_unpacked(codec, "hidden", seen.tensors),
-                expert_R=seen.tensors["expert"].to("cpu", torch.int64, copy=True),
-                token_R=seen.tensors["row"].to("cpu", torch.int64, copy=True),
+                tokens_UD=_unpacked(codec, "hidden", tensors),
+                expert_R=tensors["expert"].to("cpu", torch.int64, copy=True),
+                token_R=tensors["row"].to("cpu", torch.int64, copy=True),
                 weight_R=weight_R,
             )
         elif key in found:
             call = found[key]
             given = call.weight_R if weight_R is None else weight_R
-            found[key] = replace(call, grad_UD=_unpacked(codec, "grad", seen.tensors), weight_R=given)
+            found[key] = replace(call, grad_UD=_unpacked(codec, "grad", tensors), weight_R=given)
     ordered = sorted(found.items())
     return HostView(hosts=tuple(sorted(hosts)), placement=placement, calls=tuple(call for _, call in ordered))
 

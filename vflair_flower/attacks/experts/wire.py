@@ -5,7 +5,6 @@ Invariant: no tensor and no plain value of a frame can be reached from a view.
 """
 
 import math
-import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -16,12 +15,17 @@ from vflair_flower.attacks.guesses import TextGuess
 from vflair_flower.attacks.knowledge import Knowledge
 from vflair_flower.attacks.registry import Goal, attack
 from vflair_flower.errors import DataError
+from vflair_flower.experts.padding import Room, rooms
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.protocol import INDEX_DTYPE, Codec
 from vflair_flower.session import Sighting
+from vflair_flower.session.frame import ALIGN_BYTES
 from vflair_flower.settings import TaskKind
 from vflair_flower.spec import SplitSpec
 from vflair_flower.tasks import Encoded
+
+_OVERHEADS = range(0, 1025, ALIGN_BYTES)
+"""What a frame may have on top of its numbers: a header, filled up to a multiple."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,8 @@ class WireView:
         In the order in which they came by.
     bytes_per_token, bytes_per_row : int
         Of a call, by the job's wire and codec.
+    padding : str
+        To what calls are filled up, which the job says.
     candidates : tuple of Encoded
         Assumed beside: each text that was sent is one of these.
     """
@@ -55,6 +61,7 @@ class WireView:
     bytes_per_token: int
     bytes_per_row: int
     candidates: tuple[Encoded, ...]
+    padding: str = "none"
 
     def __post_init__(self) -> None:
         if not self.frames or not self.candidates:
@@ -89,6 +96,7 @@ def wire_view(
         bytes_per_token=sum(tensor.nbytes for tensor in packed),
         bytes_per_row=per_row,
         candidates=tuple(candidates),
+        padding=spec.experts.padding,
     )
 
 
@@ -103,8 +111,9 @@ def size_time(view: WireView, knows: Knowledge, *, seed: int = 0) -> TextGuess:
     """Guess which of the candidates each text was, by how large the calls to each host are in each layer.
 
     Assumed: texts are run one by one, without gradients.  A host that would get nothing of a text in a layer is not
-    called, so that candidates differ in how many frames they explain too; texts are told apart as they are guessed.  Of
-    times only their order is used: on one machine they say nothing about hosts that are far apart.
+    called (unless calls are filled up), so that candidates differ in how many frames they explain too; texts are told
+    apart as they are guessed, and what all frames have on top is what explains them best.  Of times only their order is
+    used: on one machine they say nothing about hosts that are far apart.
 
     Parameters
     ----------
@@ -117,43 +126,57 @@ def size_time(view: WireView, knows: Knowledge, *, seed: int = 0) -> TextGuess:
         [float(one.num_bytes) for one in view.frames if one.party == host and one.direction == "down"] for host in hosts
     ]
     expected = [_expected(public, view, hosts, row) for row in view.candidates]
-    found = []
-    while any(queues):
-        apart = [_apart(queues, sizes) for sizes in expected]
+    found = min((_explained(queues, expected, overhead) for overhead in _OVERHEADS), key=lambda one: one[0])[1]
+    return TextGuess(ids=tuple(torch.tensor(view.candidates[place].input_ids) for place in found), aligned=False)
+
+
+def _explained(
+    queues: Sequence[Sequence[float]], expected: Sequence[Sequence[Sequence[float]]], overhead: float
+) -> tuple[float, list[int]]:
+    """Return the candidates that explain all frames best, one after the other, and how badly they do."""
+    found: list[int] = []
+    total, heads = 0.0, [0] * len(queues)
+    while any(head < len(queue) for head, queue in zip(heads, queues, strict=True)):
+        left = [queue[head:] for head, queue in zip(heads, queues, strict=True)]
+        apart = [_apart(left, sizes, overhead) for sizes in expected]
         best = min(range(len(expected)), key=apart.__getitem__)
         if apart[best] == math.inf:  # frames are left that no candidate explains
             best = min(range(len(expected)), key=lambda k: sum(map(len, expected[k])))
-        queues = [queue[max(1, len(sizes)) :] for queue, sizes in zip(queues, expected[best], strict=True)]
-        found.append(torch.tensor(view.candidates[best].input_ids))
-    return TextGuess(ids=tuple(found), aligned=False)
+        else:
+            total += apart[best]
+        heads = [head + max(1, len(sizes)) for head, sizes in zip(heads, expected[best], strict=True)]
+        found.append(best)
+    return total, found
 
 
-def _apart(queues: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]) -> float:
-    """Return how badly a candidate explains the next frames to each host, but for what every frame has on top."""
+def _apart(queues: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], overhead: float) -> float:
+    """Return how badly a candidate explains the next frames to each host, in bytes per frame."""
     if any(len(queue) < len(wanted) for queue, wanted in zip(queues, sizes, strict=True)):
         return math.inf
     left = [
-        seen - byte
+        abs(seen - byte - overhead)
         for queue, wanted in zip(queues, sizes, strict=True)
         for seen, byte in zip(queue, wanted, strict=False)
     ]
-    if not left:
-        return math.inf
-    overhead = statistics.median(left)
-    return sum(abs(one - overhead) for one in left) / len(left)
+    return sum(left) / len(left) if left else math.inf
 
 
 def _expected(public: PublicModel, view: WireView, hosts: Sequence[str], row: Encoded) -> list[list[float]]:
     """Return the bytes of tokens and rows of each call that a text makes, by host, first layer first."""
-    layers = range(len(view.placement.host_of))
+    layers = view.placement.spread
     entered = public.entered(torch.tensor([row.input_ids]), layers=layers)
-    found = []
-    for host in hosts:
-        sizes = []
-        for layer, held in enumerate(view.placement.experts_of(host)):
-            hit_TK = torch.isin(entered[layer].expert_BTK[0].cpu(), torch.tensor(held))
-            tokens, rows = int(hit_TK.any(-1).sum()), int(hit_TK.sum())
-            if tokens:
-                sizes.append(float(tokens * view.bytes_per_token + rows * view.bytes_per_row))
-        found.append(sizes)
-    return found
+    found: dict[str, list[float]] = {host: [] for host in hosts}
+    for layer in layers:
+        expert_TK = entered[layer].expert_BTK[0].cpu()
+        held = {host: view.placement.experts_of(host)[layer] for host in view.placement.called}
+        held = {host: own for host, own in held.items() if own}
+        hits = {host: torch.isin(expert_TK, torch.tensor(own)) for host, own in held.items()}
+        sent = {host: Room(tokens=int(hit.any(-1).sum()), rows=int(hit.sum())) for host, hit in hits.items()}
+        if view.padding != "none":
+            counts = {host: len(own) for host, own in held.items()}
+            sent = rooms(view.padding, sent, counts, tokens=len(expert_TK), per_token=expert_TK.shape[1])
+        for host in hosts:
+            if host in sent and sent[host].tokens:
+                one = sent[host]
+                found[host].append(float(one.tokens * view.bytes_per_token + one.rows * view.bytes_per_row))
+    return list(found.values())
