@@ -9,6 +9,7 @@ Invariant: where nothing is masked or preferred, nothing is touched.
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from vflair_flower.errors import ConfigurationError, ModelError
 from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
 from vflair_flower.experts.modules import expert_modules, num_experts
 from vflair_flower.experts.placement import Placement
-from vflair_flower.experts.token_routing import PrivateTokens, TokenRouting, check_token_routing
+from vflair_flower.experts.token_routing import PrivateTokens, TokenRouting
 from vflair_flower.settings import ExpertSettings
 
 Experts = Mapping[int, Collection[int]]
@@ -123,7 +124,8 @@ def _preferring(
     additive = config.get_text_config().model_type in _RANK_LOGITS
     with ExitStack() as stack:
         if tokens is not None:
-            check_token_routing(config, tokens, check_enough_experts)
+            for shut in tokens.sets_of_masked():
+                check_enough_experts(config, shut)
             stack.enter_context(tokens.watching(model))
         for layer, router in _routers(model).items():
             masked_E, preferred_E = (_flags(chosen.get(layer, ()), count) for chosen in (masked, preferred))
@@ -133,6 +135,15 @@ def _preferring(
                 choose = partial(_choice, masked_E, preferred_E, tolerance, additive, tokens, layer, channel)
                 stack.enter_context(_choosing(router, choose))
         yield
+
+
+def check_job_routing(config: PreTrainedConfig, settings: ExpertSettings, placement: Placement) -> None:
+    """Raise ConfigurationError where a job's settings could leave some party's token with too few experts."""
+    check_enough_experts(config, opted_out_experts(placement))
+    if settings.routing_gap > 1 or settings.private_share:
+        for party in placement.hosts:
+            for shut in TokenRouting(replace(settings, private_share=0.0), placement, party).sets_of_masked():
+                check_enough_experts(config, shut)
 
 
 def opted_out_experts(placement: Placement) -> dict[int, tuple[int, ...]]:

@@ -1,9 +1,9 @@
 """Which hosts may see which tokens: by the token's place in its text (a gap), and by what it is (private tokens).
 
 B rows, T columns of a pass, N = B * T tokens, E experts of a layer, G groups of hosts.
-The other parties' hosts are dealt into G groups in the order of names, beginning behind the owner; the token at place t
-of its text may go to the owner's own experts and to those of group t mod G.  A private token, padding, and a token whose
-group is empty go to own experts alone.  Places count from a row's first token that is no padding.
+The other parties' hosts are dealt into G groups in the order of names, beginning behind the owner; the token at place
+t of its text may go to the owner's own experts and to those of group t mod G.  A private token, padding, and a token
+whose group is empty go to own experts alone.  Places count from a row's first token that is no padding.
 Invariants: a token's group is the same in all layers, passes and epochs, so that a host that sees them all still has
 the gap; the group depends on the place alone, so that beams may change rows.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from vflair_flower.errors import ConfigurationError, ModelError
 from vflair_flower.experts.dispatch import Replay
@@ -55,7 +55,7 @@ class TokenRouting:
         self, settings: ExpertSettings, placement: Placement, party: str, private_tokens: PrivateTokens | None = None
     ) -> None:
         if private_tokens is not None:
-            replace(settings, private_share=settings.private_share or 1.0)  # refuses what does not go together
+            replace(settings, private_share=settings.private_share or 1.0)  # refused where it does not go together
         elif settings.private_share:
             raise ConfigurationError(
                 f"private_share is {settings.private_share}, and it is not known which tokens are the party's rarest. "
@@ -63,27 +63,30 @@ class TokenRouting:
             )
         self._private, self._gap = private_tokens, settings.routing_gap
         groups = host_groups(placement, party, settings.routing_gap)
-        own, experts = placement.experts_of(party), len(placement.host_of[0])
-        shut = []
+        own = placement.experts_of(party)
+        self._shut: dict[int, Tensor] = {}
         for layer, homes in enumerate(placement.host_of):
-            shut_GE = torch.ones(self._gap + 1, experts, dtype=torch.bool)  # the last row: own experts alone
+            if not homes:
+                continue
+            shut_GE = torch.ones(self._gap + 1, len(homes), dtype=torch.bool)  # the last row: own experts alone
             for expert, home in enumerate(homes):
                 open_to = slice(None) if expert in own[layer] else groups.get(placement.hosts[home], slice(0))
                 shut_GE[open_to, expert] = home in placement.opted_out
-            shut.append(shut_GE)
-        self._shut = tuple(shut)
+            self._shut[layer] = shut_GE
         self._group_N: Tensor | None = None
 
     def sets_of_masked(self) -> Iterator[dict[int, tuple[int, ...]]]:
-        """Yield, per layer, the experts that a group's tokens may not be sent to: of each group, and of private ones."""
+        """Yield, per layer, the experts that each group's tokens may not be sent to, and those of private ones."""
         for group in range(self._gap + 1):
-            yield {layer: tuple(shut_GE[group].nonzero().flatten().tolist()) for layer, shut_GE in enumerate(self._shut)}
+            yield {layer: tuple(shut_GE[group].nonzero().flatten().tolist()) for layer, shut_GE in self._shut.items()}
 
     def masked(self, layer: int, replay: Replay | None = None) -> Tensor:
-        """Return which experts the tokens of the pass that runs may not be sent to, bool [N, E].
+        """Return which experts the tokens of the pass that runs may not be sent to, bool [N, E]; [1, 1] in own layers.
 
         With `replay`, of the pass that a block was run in first.
         """
+        if layer not in self._shut:
+            return torch.zeros(1, 1, dtype=torch.bool)
         group_N = self._group_N
         if replay is not None:
             group_N = replay.group_N = group_N if replay.group_N is None else replay.group_N
@@ -185,12 +188,6 @@ def rare_tokens(
     open_V[list(special_ids)] = False
     private_V = rarest_tokens(encoded, open_V, share=share)
     return lambda ids_BT: private_V[ids_BT.cpu()]
-
-
-def check_token_routing(config: PreTrainedConfig, routing: TokenRouting, check: Callable[..., None]) -> None:
-    """Raise ConfigurationError where a token could be left with fewer experts than it is routed to."""
-    for masked in routing.sets_of_masked():
-        check(config, masked)
 
 
 def _private(rule: PrivateTokens, ids_BT: Tensor, *, learning: bool) -> Tensor:

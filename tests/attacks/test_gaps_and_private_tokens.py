@@ -24,7 +24,7 @@ def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
     config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = len(WORDS) + 5, 0, 2, 3
     config.initializer_range, config.num_experts, config.num_experts_per_tok = 0.1, 16, 6
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return Victim(folder, made_up_rows(8, seed=1), made_up_rows(100, seed=2))
+    return Victim(folder, made_up_rows(6, seed=1), made_up_rows(100, seed=2))
 
 
 def read(victim: Victim, rehearsal: MoeRehearsal, **settings: object) -> TextGuess:
