@@ -180,7 +180,7 @@ def rare_tokens(
     --------
     >>> from vflair_flower.tasks import EncodedText
     >>> texts = [EncodedText((5, 5, 6, 7, 5, 6), (5, 5, 6, 7, 5, 6), "row")]
-    >>> rule = rare_tokens(texts, share=0.4, vocabulary=9, special_ids=(0,))
+    >>> rule = rare_tokens(texts, share=0.3, vocabulary=9, special_ids=(0,))
     >>> rule(torch.arange(5, 9)).tolist()
     [False, False, True, True]
     """
