@@ -32,9 +32,11 @@ from vflair_flower.experts import (
     ExpertChannel,
     ExpertHost,
     Placement,
+    PrivateTokens,
     load_backbone,
     load_experts,
     num_experts,
+    rare_tokens,
     route_locally,
     tune_experts,
     tune_own,
@@ -50,6 +52,7 @@ from vflair_flower.memory import MemoryParts
 from vflair_flower.partition import (
     LoadedSegment,
     ModelSource,
+    load_tokenizer,
     load_trained_state,
     resolve_model,
     trained_state,
@@ -59,6 +62,7 @@ from vflair_flower.remote.protocol import FINISH
 from vflair_flower.remote.segment import StepCalls
 from vflair_flower.session import Link, RecordingSettings
 from vflair_flower.spec import SplitSpec
+from vflair_flower.tasks import encode_task
 
 _WAIT_FOR_OTHERS = 10.0
 """How many deadlines a party that is done serves the others."""
@@ -133,6 +137,9 @@ class ExpertParty(DataParty):
         As of `DataParty`.
     record
         As of `DataParty`; with ``"host:NAME"`` and this party's name also what it sees as a host.
+    private_tokens : callable, optional
+        This party's own rule of which tokens go to its own experts alone, in place of the job's `private_share`: given
+        the token ids of a pass, ``[B, T]``, returns as many bools.  In generation a pass is one token a row.
     share_experts, share_model : bool
         Whether this party hands over its experts, and its own model, when `CollaborativeMoE.export` asks; a model that
         the job averages is the strategy's anyway.
@@ -149,11 +156,13 @@ class ExpertParty(DataParty):
         share_experts: bool = False,
         share_model: bool = False,
         record: Record = None,
+        private_tokens: PrivateTokens | None = None,
     ) -> None:
         super().__init__(
             rows, state_dir=state_dir, base_dir=base_dir, threads=threads, generation=generation, record=record
         )
         self._consent = Consent(experts=share_experts, model=share_model)
+        self._own_private_tokens = private_tokens
 
     def register(self, app: ClientApp, *, train: bool = True, evaluate: bool = True) -> None:
         """Register with a ClientApp; leave out what your own code does (`expert_session`)."""
@@ -179,6 +188,21 @@ class ExpertParty(DataParty):
             state_dir=self._state(context),
             base_dir=self._base(context),
             record=recording_of(self._record, context),
+            private_tokens=self._private_tokens(message, context),
+        )
+
+    def _private_tokens(self, message: Message, context: Context) -> PrivateTokens | None:
+        spec = SplitSpec.from_json(SessionOffer.from_content(message.content).spec)
+        if self._own_private_tokens is not None or spec.experts is None or not spec.experts.private_share:
+            return self._own_private_tokens
+        source = _source(spec, context, self._base(context))
+        tokenizer, kind = load_tokenizer(source), spec.task.kind
+        encoded = encode_task(kind, self._rows(context).train, tokenizer, max_tokens=spec.training.max_tokens)
+        return rare_tokens(
+            encoded,
+            share=spec.experts.private_share,
+            vocabulary=int(load_admitted_config(source, spec.task).get_text_config().vocab_size),
+            special_ids=tokenizer.all_special_ids,
         )
 
     def _initial(self, spec: SplitSpec, context: Context) -> dict[str, Tensor]:
@@ -196,6 +220,7 @@ def expert_session(
     state_dir: Path,
     base_dir: Path | None = None,
     record: RecordingSettings | None = None,
+    private_tokens: PrivateTokens | None = None,
 ) -> Iterator[ExpertSession]:
     """Open the session that a train or evaluate message invites to, and serve this party's experts in it.
 
@@ -214,6 +239,8 @@ def expert_session(
     record : RecordingSettings, optional
         Where this party writes the truth behind its calls, for itself, and what it sees as a host of experts
         (docs/recording.md); None writes nothing.
+    private_tokens : callable, optional
+        As of `ExpertParty`; needed where the job has a `private_share` (`vflair_flower.experts.rare_tokens`).
 
     Yields
     ------
@@ -269,7 +296,7 @@ def expert_session(
         body = RemoteSegment(BodyLink(link), spec)
         try:
             assert spec.experts is not None
-            routing = route_locally(model, spec.experts, placement, offer.party)
+            routing = route_locally(model, spec.experts, placement, offer.party, private_tokens)
             exchange = exchange_over(link) if offer.training and balances_jointly(spec) else None
             joined = channel.joined(caller), loaded.channel.joined(body)
             with joined[0], joined[1], routing, load_balance(model, spec, exchange):

@@ -27,7 +27,7 @@ from vflair_flower.experts.balance import refuse_balance
 from vflair_flower.experts.body import BodyChannel, SpreadBody, joint_agreement
 from vflair_flower.experts.handoff import hands_off, refuse_hand_off
 from vflair_flower.experts.loading import backbone_parameters, layers_and_placement
-from vflair_flower.experts.routing import check_enough_experts, opted_out_experts
+from vflair_flower.experts.routing import check_job_routing
 from vflair_flower.partition import refuse_trained_copies, resolve_model
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import BodyMode, agreement_for
@@ -92,7 +92,7 @@ class CollaborativeMoE(WritingStrategy):
         refuse_balance(spec, config)
         names, placement = layers_and_placement(config, spec, [str(index) for index in range(parties)])
         layers, experts = len(names), num_experts(config)
-        check_enough_experts(config, opted_out_experts(placement))
+        check_job_routing(config, spec.experts, placement)
         trained = backbone_parameters(config, spec)
         agreement = expert_agreement(spec, config, trained_parameters=trained)
         body = None

@@ -232,6 +232,13 @@ class ExpertSettings:
     balance_coefficient : float
         Of the load-balancing loss that is added in training, over all parties' tokens where they train at once
         (`vflair_flower.experts.balance`); 0 for none, which is what OLMoE (arXiv 2409.02060) found best in fine-tuning.
+    routing_gap : int
+        1 for none.  With g, no other party's host sees two tokens of a text that are less than g places apart, over all
+        layers and passes together: the hosts are dealt into g groups, and a token goes to its owner's experts and to
+        one group's (`vflair_flower.experts.token_routing`).  Another function than the model's own.
+    private_share : float
+        0 for none.  The rarest share of the distinct tokens of a party's training texts, and all tokens that these
+        lack, go to the party's own experts alone; in training, the token before one of these as well.
     semantics : str
         ``"return"``: an expert's output comes back to its token's owner, and all is the whole model's function; or, as
         in the paper, the party whose experts weigh most runs the next block with its own model: for a whole sequence
@@ -262,6 +269,8 @@ class ExpertSettings:
     local_tolerance: float = 0.0
     trained: str = "all"
     balance_coefficient: float = 0.0
+    routing_gap: int = 1
+    private_share: float = 0.0
     semantics: str = "return"
     local_layers: int | tuple[int, int] = 0
     padding: str = "none"
@@ -319,6 +328,7 @@ class ExpertSettings:
                 f"balance_coefficient is {self.balance_coefficient} and opted_out or local_tolerance is set: the loss "
                 "would even out choices that are not made. Use one of them."
             )
+        self._check_token_routing()
         self._check_semantics()
         self._check_spread()
 
@@ -341,6 +351,28 @@ class ExpertSettings:
             raise ConfigurationError(
                 f"padding is {self.padding!r} and semantics {self.semantics!r}: what is handed from lead to lead says "
                 "by its size where tokens go. Set semantics to 'return', or padding to 'none'."
+            )
+
+    def _check_token_routing(self) -> None:
+        if self.routing_gap < 1:
+            raise ConfigurationError(f"routing_gap is {self.routing_gap}; choose 1 (none) or more places.")
+        if not 0.0 <= self.private_share <= 1.0:
+            raise ConfigurationError(
+                f"private_share is {self.private_share}; choose 0 (none) to 1 (all), the part of a party's distinct "
+                "tokens that goes to its own experts alone."
+            )
+        needed: dict[str, object] = {
+            "backbone": "party",
+            "replicas": 1,
+            "balance_coefficient": 0.0,
+            "semantics": "return",
+        }
+        odd = [name for name, value in needed.items() if getattr(self, name) != value]
+        if (self.routing_gap > 1 or self.private_share) and odd:
+            raise ConfigurationError(
+                f"routing_gap is {self.routing_gap}, private_share {self.private_share} (or a party has private tokens "
+                f"of its own) and {odd[0]} {getattr(self, odd[0])!r}; which hosts see a token is for its owner's own "
+                f"routers to say, and {odd[0]} must be {needed[odd[0]]!r}."
             )
 
     def _check_semantics(self) -> None:

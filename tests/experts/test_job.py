@@ -6,13 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 from flwr.app import ConfigRecord
+from flwr.clientapp import ClientApp
 from flwr.serverapp.strategy import FedAvg
 from transformers import AutoTokenizer, MixtralConfig, MixtralForSequenceClassification
 
 from simulations.local_grid import LocalGrid
 from tests.experts.moe_app import app
 from tests.tiny import LABELS, save_tiny, tiny_rows
-from vflair_flower.clients import data_party
+from tests.tiny_app import rows, state_dir
+from vflair_flower.clients import ExpertParty, data_party
 from vflair_flower.errors import ConfigurationError, PartyLostError
 from vflair_flower.experts.finished import joined_experts
 from vflair_flower.experts.loading import layers_and_placement
@@ -72,7 +74,7 @@ def spec(tiny_moe):
     )
 
 
-def run(nodes, spec, *, num_rounds=None, **settings):
+def run(nodes, spec, *, num_rounds=None, app=app, **settings):
     aggregator = FedAvg(min_train_nodes=PARTIES, min_evaluate_nodes=PARTIES, min_available_nodes=PARTIES)
     grid = LocalGrid(app, nodes)
     more = {"hub": HubSettings(bind="inproc"), "deadline_s": 20.0, "parties": PARTIES, **settings}
@@ -197,6 +199,14 @@ def test_only_agreed_vectors_cross(nodes, spec):
             {"experts": ExpertSettings(placement="table", table=((0,) * 5 + (1, 2, 3),) * 2, opted_out=(0, 1, 2))},
             "7 of 8 experts are masked or opted out",
         ),
+        (
+            {"experts": ExpertSettings(placement="table", table=((0, 0, 1, 1, 2, 2, 2, 3),) * 2, routing_gap=2)},
+            "left with 1 of the 2",
+        ),
+        (
+            {"experts": ExpertSettings(placement="capacity", capacities=(3.0, 1.0, 3.0, 1.0), private_share=0.2)},
+            "left with 1 of the 2",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_runs(spec, change, message):
@@ -268,6 +278,27 @@ def test_preferences_apply_in_a_job_and_send_less(nodes, spec):
     assert sent[1] < 0.9 * sent[0]
     steps = [state["host"]["update"]["steps"] for state in kept(nodes, "own", 1)]
     assert steps == [4, 0, 4, 4]
+
+
+def test_gaps_and_private_tokens_in_a_job_send_less(nodes, spec):
+    """Each in training and evaluation: by the job's share of rare tokens, or by a party's own rule."""
+    nothing = ClientApp()
+    ExpertParty(rows, state_dir=state_dir, private_tokens=lambda ids: torch.ones_like(ids).bool()).register(nothing)
+    kinds = {
+        "plain": (ExpertSettings(), app),
+        "gap": (ExpertSettings(routing_gap=3), app),
+        "half": (ExpertSettings(private_share=0.5), app),
+        "all": (ExpertSettings(private_share=1.0), app),
+        "own": (ExpertSettings(), nothing),
+    }
+    sent, short = {}, TrainingSettings(rounds=1, local_steps=1, batch_size=4, max_tokens=16)
+    for job, (experts, with_app) in kinds.items():
+        given = dataclasses.replace(spec, experts=experts, training=short)
+        strategy, *_ = run(nodes, given, num_rounds=1, job=job, app=with_app)
+        sent[job] = sum(entry.bytes for entry in strategy.ledger.entries() if entry.tensor in ("hidden", "grad"))
+    assert sent["gap"] < 0.6 * sent["plain"]
+    assert sent["plain"] > sent["half"] > 2 * sent["all"]
+    assert sent["own"] == 0
 
 
 def test_too_many_parties_and_models_without_experts_are_refused(spec, tiny_bert):

@@ -12,6 +12,7 @@ from vflair_flower.experts.modules import num_experts
 from vflair_flower.experts.placement import Placement, place_experts
 from vflair_flower.experts.protocol import expert_agreement
 from vflair_flower.experts.routing import prefer_experts, route_locally
+from vflair_flower.experts.token_routing import PrivateTokens, rare_tokens
 
 __all__ = [
     "EXPERT_TARGETS",
@@ -20,6 +21,7 @@ __all__ = [
     "ExpertHost",
     "OwnExperts",
     "Placement",
+    "PrivateTokens",
     "RemoteExperts",
     "count_coactivation",
     "expert_agreement",
@@ -32,6 +34,7 @@ __all__ = [
     "place_by_coactivation",
     "place_experts",
     "prefer_experts",
+    "rare_tokens",
     "route_locally",
     "tune_experts",
     "tune_own",

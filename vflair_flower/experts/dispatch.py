@@ -94,6 +94,8 @@ class Replay:
     """What hosts answered in one run of a block; None until they have."""
 
     answers: Sequence[Answer] | None = None
+    group_N: Tensor | None = None
+    """Where hosts see some tokens alone: each token's group (`vflair_flower.experts.token_routing`)."""
 
 
 class ExpertChannel:

@@ -9,6 +9,7 @@ Invariant: where nothing is masked or preferred, nothing is touched.
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedConfig
 
 from vflair_flower.errors import ConfigurationError, ModelError
-from vflair_flower.experts.dispatch import RemoteExperts
+from vflair_flower.experts.dispatch import ExpertChannel, RemoteExperts
 from vflair_flower.experts.modules import expert_modules, num_experts
 from vflair_flower.experts.placement import Placement
+from vflair_flower.experts.token_routing import PrivateTokens, TokenRouting
 from vflair_flower.settings import ExpertSettings
 
 Experts = Mapping[int, Collection[int]]
@@ -31,19 +33,42 @@ _RANK_LOGITS = ("gpt_oss",)
 
 
 def route_locally(
-    model: nn.Module, settings: ExpertSettings, placement: Placement, party: str
+    model: nn.Module,
+    settings: ExpertSettings,
+    placement: Placement,
+    party: str,
+    private_tokens: PrivateTokens | None = None,
 ) -> AbstractContextManager[None]:
-    """Return what makes a party's routers choose as the job's settings say, within a ``with`` block."""
-    if not settings.opted_out and not settings.local_tolerance:
+    """Return what makes a party's routers choose as the job's settings say, within a ``with`` block.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The party's own, or the whole one.
+    settings, placement
+        Of the job.
+    party : str
+        Whose model and tokens.
+    private_tokens : callable, optional
+        The party's own rule of which tokens go to its own experts alone: ``[B, T]`` token ids to ``[B, T]`` bools.
+
+    Raises
+    ------
+    ConfigurationError
+        If a token could be left with too few experts, or the rule does not go with the job's settings.
+    """
+    by_token = settings.routing_gap > 1 or settings.private_share > 0.0 or private_tokens is not None
+    if not settings.opted_out and not settings.local_tolerance and not by_token:
         return nullcontext()
     own = dict(enumerate(placement.experts_of(party)))
-    return prefer_experts(model, masked=opted_out_experts(placement), preferred=own, tolerance=settings.local_tolerance)
+    masked = opted_out_experts(placement)
+    tokens = TokenRouting(settings, placement, party, private_tokens) if by_token else None
+    return _preferring(model, masked=masked, preferred=own, tolerance=settings.local_tolerance, tokens=tokens)
 
 
-@contextmanager
 def prefer_experts(
     model: nn.Module, *, masked: Experts | None = None, preferred: Experts | None = None, tolerance: float = 0.0
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Change which experts a model's routers choose, inside the block; whole models and split ones alike.
 
     Where gradients are checkpointed, the backward pass chooses again and belongs into the block too.  A router that
@@ -85,20 +110,40 @@ def prefer_experts(
     """
     if not 0.0 <= tolerance < math.inf:
         raise ConfigurationError(f"tolerance is {tolerance}; choose 0 (none) or more.")
-    masked, preferred = masked or {}, preferred or {}
+    return _preferring(model, masked=masked or {}, preferred=preferred or {}, tolerance=tolerance, tokens=None)
+
+
+@contextmanager
+def _preferring(
+    model: nn.Module, *, masked: Experts, preferred: Experts, tolerance: float, tokens: TokenRouting | None
+) -> Iterator[None]:
     config: PreTrainedConfig = model.config  # type: ignore[assignment]
     check_enough_experts(config, masked)
     count = num_experts(config)
+    channel = next((module.channel for module in model.modules() if isinstance(module, RemoteExperts)), None)
     additive = config.get_text_config().model_type in _RANK_LOGITS
     with ExitStack() as stack:
+        if tokens is not None:
+            for shut in tokens.sets_of_masked():
+                check_enough_experts(config, shut)
+            stack.enter_context(tokens.watching(model))
         for layer, router in _routers(model).items():
             masked_E, preferred_E = (_flags(chosen.get(layer, ()), count) for chosen in (masked, preferred))
             if tolerance == 0.0:
                 preferred_E[:] = False
-            if bool((masked_E | preferred_E).any()):
-                choose = partial(_Choice, masked_E, preferred_E, tolerance, additive=additive)
+            if tokens is not None or bool((masked_E | preferred_E).any()):
+                choose = partial(_choice, masked_E, preferred_E, tolerance, additive, tokens, layer, channel)
                 stack.enter_context(_choosing(router, choose))
         yield
+
+
+def check_job_routing(config: PreTrainedConfig, settings: ExpertSettings, placement: Placement) -> None:
+    """Raise ConfigurationError where a job's settings could leave some party's token with too few experts."""
+    check_enough_experts(config, opted_out_experts(placement))
+    if settings.routing_gap > 1 or settings.private_share:
+        for party in placement.hosts:
+            for shut in TokenRouting(replace(settings, private_share=0.0), placement, party).sets_of_masked():
+                check_enough_experts(config, shut)
 
 
 def opted_out_experts(placement: Placement) -> dict[int, tuple[int, ...]]:
@@ -145,7 +190,8 @@ def _choosing(router: nn.Module, choose: "Callable[[], _Choice]") -> Iterator[No
         if not choice.made:
             raise ModelError(
                 f"the router {type(router).__name__} did not choose experts by torch.topk over all their scores, so "
-                "that nothing can be masked or preferred. Unset opted_out and local_tolerance for this family."
+                "that nothing can be masked or preferred. Unset opted_out, local_tolerance, routing_gap and private "
+                "tokens for this family."
             )
         return out
 
@@ -158,12 +204,30 @@ def _choosing(router: nn.Module, choose: "Callable[[], _Choice]") -> Iterator[No
             router.forward = before
 
 
-class _Choice(TorchFunctionMode):
-    """Inside it, the `topk` over all experts' scores ranks other scores than those that it returns."""
+def _choice(
+    masked_E: Tensor,
+    preferred_E: Tensor,
+    tolerance: float,
+    additive: bool,
+    tokens: TokenRouting | None,
+    layer: int,
+    channel: ExpertChannel | None,
+) -> "_Choice":
+    masked_NE = masked_E.unsqueeze(0)
+    if tokens is not None:
+        masked_NE = masked_NE | tokens.masked(layer, None if channel is None else channel.replay)
+    return _Choice(masked_NE, preferred_E, tolerance, additive=additive)
 
-    def __init__(self, masked_E: Tensor, preferred_E: Tensor, tolerance: float, *, additive: bool) -> None:
+
+class _Choice(TorchFunctionMode):
+    """Inside it, the `topk` over all experts' scores ranks other scores than those that it returns.
+
+    What is masked, ``[N, E]``, is each token's own, or of all: ``[1, E]``.
+    """
+
+    def __init__(self, masked_NE: Tensor, preferred_E: Tensor, tolerance: float, *, additive: bool) -> None:
         super().__init__()
-        self._masked_E, self._preferred_E = masked_E, preferred_E
+        self._masked_NE, self._preferred_E = masked_NE, preferred_E
         self._tolerance, self._additive = tolerance, additive
         self.made = False
 
@@ -172,10 +236,10 @@ class _Choice(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.topk, Tensor.topk, torch.max, Tensor.max) and args:
-            scores, count = args[0], len(self._masked_E)
+            scores, count = args[0], len(self._preferred_E)
             if scores.dim() == 3 and scores.shape[1] * scores.shape[2] == count:  # the scores by group
-                masked_GE = self._masked_E.view(scores.shape[1:]).to(scores.device)
-                return func(scores.masked_fill(masked_GE, -math.inf), *args[1:], **kwargs)
+                masked_NGE = self._masked_NE.view(-1, *scores.shape[1:]).to(scores.device)
+                return func(scores.masked_fill(masked_NGE, -math.inf), *args[1:], **kwargs)
             if scores.dim() == 2 and scores.shape[1] == count and func in (torch.topk, Tensor.topk):
                 self.made = True
                 expert_TK = func(self._ranked(scores.detach().float()), *args[1:], **kwargs)[1]
@@ -189,7 +253,7 @@ class _Choice(TorchFunctionMode):
         # An expert of a group that was not chosen has a score of minus infinity; it stays there.
         raised_E = self._preferred_E.to(scores_TE.device) & scores_TE.isfinite()
         ranked_TE = torch.where(raised_E, scores_TE + more_TE, scores_TE)
-        return ranked_TE.masked_fill(self._masked_E.to(scores_TE.device), -math.inf)
+        return ranked_TE.masked_fill(self._masked_NE.to(scores_TE.device), -math.inf)
 
 
 def _routers(model: nn.Module) -> dict[int, nn.Module]:

@@ -7,7 +7,7 @@ is told by its text, and whoever sees the text knows it.
 import re
 import string
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.privacy.defence import Scene
+from vflair_flower.tasks import Encoded
 
 _SPARE = re.compile(r"[<\[][^\w>\]]*(unused|reserved)\w*[^\w>\]]*[>\]]", re.IGNORECASE)
 _BROKEN = "\ufffd"  # what a piece of a character decodes to
@@ -59,6 +60,32 @@ def changeable_tokens(
     found = torch.zeros(size, dtype=torch.bool)
     found[named] = True
     return found.to(scene.embedding_VD.device)
+
+
+def rarest_tokens(encoded: Sequence[Encoded], among_V: Tensor, *, share: float) -> Tensor:
+    """Return which tokens are the rarest of those that some texts use, or not in them at all: bool [V].
+
+    Of tokens that are equally frequent, those with the higher number in the vocabulary are the rarer.
+
+    Parameters
+    ----------
+    encoded : sequence of encoded rows
+        The texts.
+    among_V : torch.Tensor
+        Bool: which tokens count; no other is ever rare.
+    share : float
+        Above 0 and at most 1, of the distinct tokens that the texts use.
+    """
+    among_V = among_V.cpu()
+    counts_V = torch.zeros(len(among_V), dtype=torch.int64)
+    for row in encoded:
+        ids = torch.tensor(row.input_ids)
+        counts_V.index_add_(0, ids, torch.ones_like(ids))
+    counts_V *= among_V
+    used = int((counts_V > 0).sum())
+    rare_V = among_V.clone()
+    rare_V[counts_V.argsort(descending=True, stable=True)[: int((1.0 - share) * used)]] = False
+    return rare_V
 
 
 def is_punctuation(text: str) -> bool:

@@ -202,7 +202,7 @@ class _Reader:
             longer = []
             for score, fill in ways:
                 going = _Prefix((*prefix.tokens, *fill)) if fill else prefix
-                values, tokens = self.predicted(going).topk(beam)
+                values, tokens = self.predicted(going).topk(min(beam, self.public.vocabulary))
                 longer += [(score + float(v), (*fill, int(t))) for v, t in zip(values, tokens, strict=True)]
             ways = sorted(longer, reverse=True)[:beam]
         return [fill for _, fill in ways]

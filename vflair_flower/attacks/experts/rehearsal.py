@@ -27,6 +27,7 @@ from vflair_flower.experts.loading import layers_and_placement, load_backbone, l
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.protocol import expert_agreement
 from vflair_flower.experts.routing import route_locally
+from vflair_flower.experts.token_routing import PrivateTokens
 from vflair_flower.partition import ModelSource, make_trainable
 from vflair_flower.partition.sources import load_config
 from vflair_flower.session import Agreement, Hub, Sighting, connect
@@ -83,6 +84,7 @@ def moe_rehearsal(
     phase: Phase | str = Phase.INFERENCE,
     batch_rows: int = 8,
     new_tokens: int = 16,
+    private_tokens: PrivateTokens | None = None,
 ) -> MoeRehearsal:
     """Let an owner run its rows through a model whose experts are at all parties, once.
 
@@ -105,6 +107,8 @@ def moe_rehearsal(
         Rows per batch.
     new_tokens : int
         How many tokens are written, in ``"generation"``; the last one goes to no host.
+    private_tokens : callable, optional
+        The owner's rule of which tokens go to its own experts alone.
 
     Raises
     ------
@@ -127,10 +131,10 @@ def moe_rehearsal(
     sightings: list[Sighting] = []
     agreement = expert_agreement(spec, config)
     training = phase == Phase.TRAINING
-    with _open(source, spec, agreement, layers, placement, names[owner], sightings, training=training) as (
-        model,
-        caller,
-    ):
+    opened = _open(
+        source, spec, agreement, layers, placement, names[owner], sightings, private_tokens, training=training
+    )
+    with opened as (model, caller):
         written = run_victim(
             model,
             encoded,
@@ -184,6 +188,7 @@ def _open(
     placement: Placement,
     owner: str,
     sightings: list[Sighting],
+    private_tokens: PrivateTokens | None,
     *,
     training: bool,
 ) -> Iterator[tuple[nn.Module, _WatchedCaller]]:
@@ -215,7 +220,8 @@ def _open(
                 stack.callback(caller.close)
         assert caller is not None
         stack.enter_context(channel.joined(caller))
-        stack.enter_context(route_locally(model, spec.experts, placement, owner))  # type: ignore[arg-type]
+        assert spec.experts is not None
+        stack.enter_context(route_locally(model, spec.experts, placement, owner, private_tokens))
         yield model, caller
 
 

@@ -19,6 +19,7 @@ from vflair_flower.privacy.sanitising import (
     drawn,
     exponential,
 )
+from vflair_flower.privacy.vocabulary import rarest_tokens
 
 
 @defence(
@@ -88,20 +89,8 @@ class SanText(Sanitiser):
         self._version = -1
 
     def prepare(self, preparation: Preparation) -> None:
-        """Count the party's tokens, and find the sensitive ones.
-
-        Of tokens that are equally frequent, those with the higher number in the vocabulary are the rarer.
-        """
-        counts_V = torch.zeros(len(self.sensitive_V), dtype=torch.int64)
-        for row in preparation.encoded:
-            ids = torch.tensor(row.input_ids)
-            counts_V.index_add_(0, ids, torch.ones_like(ids))
-        counts_V *= self.changeable_V.cpu()
-        used = int((counts_V > 0).sum())
-        frequent = counts_V.argsort(descending=True, stable=True)[: int((1.0 - self.sensitive_share) * used)]
-        sensitive_V = self.changeable_V.cpu().clone()
-        sensitive_V[frequent] = False
-        self.sensitive_V.copy_(sensitive_V)
+        """Count the party's tokens, and find the sensitive ones."""
+        self.sensitive_V.copy_(rarest_tokens(preparation.encoded, self.changeable_V, share=self.sensitive_share))
         super().prepare(preparation)
 
     @property
