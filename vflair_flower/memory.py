@@ -84,7 +84,8 @@ def count_kept(excluded: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # A node that keeps its own output would hold itself, and a graph that nothing differentiates would stay for ever.
+        return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         yield lambda: sum(seen.values())

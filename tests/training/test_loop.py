@@ -1,10 +1,13 @@
 """The training loop: portions of a step add up to the step, and evaluation is told row by row."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
 from tests.tiny import LABELS, tiny_rows
-from vflair_flower.memory import ActivationMeter
+from vflair_flower.memory import ActivationMeter, count_kept
 from vflair_flower.partition import Segment, load_segment, load_tokenizer, make_trainable, resolve_model
 from vflair_flower.settings import LoraSettings, OptimizerSettings, TaskSettings
 from vflair_flower.tasks import BatchOrder, encode
@@ -66,3 +69,30 @@ def test_evaluation_does_not_depend_on_how_rows_are_batched(setting):
     assert results[0].score == sum(results[0].scores) / 24
     assert results[0].row_ids == tuple(row.id for row in rows)
     assert results[1].loss == pytest.approx(results[0].loss, rel=1e-5)
+
+
+def test_a_graph_that_was_measured_and_is_not_differentiated_is_freed():
+    class Mark:
+        """Stands for what hooks hold, such as rows' gradients under DP-SGD."""
+
+    mark = Mark()
+    gone = weakref.ref(mark)
+    weight = torch.randn(3, 4, requires_grad=True)
+    with count_kept((weight,)) as kept_bytes:
+        out = torch.softmax(weight * 2, -1)  # keeps its own output
+    out.register_hook(lambda grad, held=mark: grad)
+    assert kept_bytes() == out.numel() * out.element_size()
+    del out, mark
+    gc.collect()
+    assert gone() is None
+
+
+def test_what_was_measured_has_the_same_gradients():
+    weight = torch.randn(3, 4, requires_grad=True)
+    with count_kept(()):
+        measured = torch.softmax(weight * 2, -1).square().sum()
+    (first,) = torch.autograd.grad(measured, weight, create_graph=True)
+    (expected,) = torch.autograd.grad(torch.softmax(weight * 2, -1).square().sum(), weight, create_graph=True)
+    assert torch.equal(first, expected)
+    (second,), (other,) = (torch.autograd.grad(one.square().sum(), weight) for one in (first, expected))
+    torch.testing.assert_close(second, other)
