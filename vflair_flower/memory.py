@@ -84,7 +84,7 @@ def count_kept(excluded: Iterable[Tensor]) -> Iterator[Callable[[], int]]:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in known:
             seen[storage.data_ptr()] = storage.nbytes()
-        # A node that keeps its own output would hold itself, and a graph that nothing differentiates would stay for ever.
+        # A node that keeps its own output would hold itself, and a graph that nothing differentiates would stay.
         return tensor.detach()
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
