@@ -9,7 +9,8 @@ import simulations.client_app
 import simulations.server_app
 from simulations.launch import read_settings
 from simulations.local_grid import LocalGrid
-from tests.simulations.test_main_job import defaults
+from tests.simulations.test_main_job import ROOT, defaults
+from vflair_flower.benchmark import Matrix
 from vflair_flower.errors import ConfigurationError
 
 MATRIX = """
@@ -93,3 +94,20 @@ def test_keys_that_the_job_does_not_have_are_refused_before_anything_runs(tmp_pa
 def test_a_matrix_must_be_named():
     with pytest.raises(ConfigurationError, match="bench-matrix"):
         read_settings(["job='bench'"])
+
+
+def test_a_missing_model_is_refused_before_anything_runs(tmp_path, matrix):
+    matrix.write_text(matrix.read_text().replace('mode = "HT"', 'mode = "HT"\nmodel = "./nowhere"'))
+    with pytest.raises(Exception, match=r"nowhere.*does not exist"):
+        run(tmp_path)
+    assert not list((tmp_path / "runs" / "bench").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "simulations" / "bench" / "matrices").glob("*.toml")), ids=lambda p: p.stem
+)
+def test_shipped_matrices_are_of_jobs_that_exist(path):
+    matrix = Matrix.read(path)
+    assert {key for keys in matrix.settings.values() for key in keys} <= set(defaults())
+    assert len(matrix.seeds) >= 3
+    assert len({cell.name for cell in matrix.cells}) == len(matrix.cells)
