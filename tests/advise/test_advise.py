@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from simulations.launch import read_settings
-from tests.simulations.test_main_job import config, run
+from tests.simulations.test_main_job import ROOT, config, run
 from vflair_flower.advise import Company, advise, candidates, read_evidence
 from vflair_flower.cli import app
 from vflair_flower.errors import ConfigurationError
@@ -153,3 +153,15 @@ def test_bad_descriptions_are_refused(tmp_path, text, said):
     path.write_text("{}\n")
     with pytest.raises(ConfigurationError, match="results"):
         read_evidence([path])
+
+
+def test_the_companies_of_the_docs_get_three_answers_from_the_results_of_the_docs():
+    docs = ROOT / "docs"
+    evidence = read_evidence([docs / "benchmark" / "results.jsonl"])
+    found = {}
+    for name in ("shop", "agency", "clinic"):
+        about = Company.read(docs / "companies" / f"{name}.toml")
+        found[name] = advise(about, candidates(about, resolve_model(about.model)), evidence)
+        assert found[name].within
+    defences = {name: one.best.evidence.defences for name, one in found.items()}
+    assert defences == {"shop": "", "agency": "santext:epsilon=5", "clinic": "custext:epsilon=5"}
