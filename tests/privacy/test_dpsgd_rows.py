@@ -11,6 +11,7 @@ from tests.privacy.house import defended
 from tests.privacy.private_house import draw, losses, open_private, privately
 from vflair_flower.errors import ConfigurationError, SessionError
 from vflair_flower.privacy import Noise, Secret
+from vflair_flower.privacy.dpsgd.gradients import Dense, rows_of
 from vflair_flower.privacy.dpsgd.noise import clipped_sum, noised
 from vflair_flower.privacy.dpsgd.oracle import check_rows
 from vflair_flower.privacy.dpsgd.rows import RowSampler, refuse_unsupported
@@ -141,7 +142,7 @@ def test_a_wrong_gradient_is_found_by_name(name):
     def wrong(own, module, went_in, taken, grad):
         took(own, module, went_in, taken, grad)
         if name in taken.found:
-            taken.found[name] = taken.found[name].roll(1, 0)
+            taken.found[name] = Dense(rows_of(taken.found[name]).roll(1, 0))
 
     for hook in sampler.hooks:
         hook.remove()
@@ -226,14 +227,17 @@ class _Output:
 
 
 def test_no_row_adds_more_than_the_bound_and_what_is_not_finite_is_refused():
-    rows = {"a": torch.randn(6, 3, 2) * 10, "b": torch.randn(6, 4) * torch.arange(6).unsqueeze(1)}
+    values = {"a": torch.randn(6, 3, 2) * 10, "b": torch.randn(6, 4) * torch.arange(6).unsqueeze(1)}
+    rows = {name: Dense(gradient) for name, gradient in values.items()}
     for row in range(6):
-        own = {name: gradient[row : row + 1] for name, gradient in rows.items()}
+        own = {name: gradient[row : row + 1] for name, gradient in values.items()}
         norm = torch.cat([one.flatten() for one in own.values()]).norm()
-        clipped = torch.cat([one.flatten() for one in clipped_sum(own, 0.7).values()]).norm()
+        clipped = torch.cat(
+            [one.flatten() for one in clipped_sum({n: Dense(g) for n, g in own.items()}, 0.7).values()]
+        ).norm()
         assert float(clipped) == pytest.approx(min(float(norm), 0.7), rel=1e-5)
     assert clipped_sum({}, 1.0) == {}
-    rows["a"][3] = float("nan")
+    values["a"][3] = float("nan")
     with pytest.raises(SessionError, match="not finite"):
         clipped_sum(rows, 1.0)
 

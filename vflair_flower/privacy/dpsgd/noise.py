@@ -20,8 +20,8 @@ def clipped_sum(rows: RowGradients, bound: float) -> dict[str, Tensor]:
 
     Parameters
     ----------
-    rows : dict of str to Tensor
-        By parameter, [B, ...].
+    rows : dict of str to RowGradient
+        By parameter.
     bound : float
         Of each row's norm.
 
@@ -32,22 +32,14 @@ def clipped_sum(rows: RowGradients, bound: float) -> dict[str, Tensor]:
     """
     if not rows:
         return {}
-    squared_B = torch.stack([rows_norms(gradient).square() for gradient in rows.values()]).sum(0)
-    norms_B = squared_B.sqrt()
+    norms_B = torch.stack([gradient.squared_norms() for gradient in rows.values()]).sum(0).sqrt()
     if not bool(torch.isfinite(norms_B).all()):
         raise SessionError(
             "a row's gradient is not finite, and cannot be clipped; the loss has left all bounds. Lower the learning "
             "rate. Nothing was stepped."
         )
     factors_B = (bound / norms_B.clamp(min=1e-12)).clamp(max=1.0)
-    return {name: torch.einsum("b,b...->...", factors_B.to(gradient), gradient) for name, gradient in rows.items()}
-
-
-def rows_norms(gradient: Tensor) -> Tensor:
-    """Return the norm of each row's gradient, [B], in float32 or better."""
-    flat = gradient.flatten(1)
-    norms_B: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=torch.promote_types(flat.dtype, torch.float32))
-    return norms_B
+    return {name: gradient.weighted_sum(factors_B) for name, gradient in rows.items()}
 
 
 def noised(

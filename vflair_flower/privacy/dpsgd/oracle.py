@@ -5,17 +5,20 @@ of another shape or value, whatever a library's own validator says of them.
 Invariant: parameters, dropout and gradients are afterwards what they were.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from vflair_flower.errors import ConfigurationError, SessionError
-from vflair_flower.privacy.dpsgd.rows import RowGradients, RowSampler
+from vflair_flower.privacy.dpsgd.gradients import RowGradient, rows_of
+from vflair_flower.privacy.dpsgd.rows import RowSampler
 
 TOLERANCE = 1e-4
 """Of the largest number in the oracle's gradient of the whole segment; float32 differs by about 1e-6."""
+_TOO_LONG = 0.05
+"""By how much a norm that was rounded up may be above the truth, as a part of the longest row's."""
 
 
 def check_rows(
@@ -66,7 +69,7 @@ def check_rows(
             ) from error
         finally:
             _forget(trained.values())
-        alone: RowGradients = {}
+        alone: dict[str, Tensor] = {}
         apart = torch.zeros(())
         for row in range(rows):
             with sampler.off():
@@ -81,13 +84,16 @@ def check_rows(
     return _compare(found, alone, float(together.detach()), float(apart), segment)
 
 
-def _compare(found: RowGradients, alone: RowGradients, together: float, apart: float, segment: str) -> float:
+def _compare(
+    found: Mapping[str, RowGradient], alone: dict[str, Tensor], together: float, apart: float, segment: str
+) -> float:
     largest = max((float(one.abs().max()) for one in alone.values()), default=0.0)
     if not 0.0 < largest < float("inf"):
         raise ConfigurationError(
             f"at {segment}, the largest gradient of the rows that DP-SGD was tried on is {largest}; nothing can be "
             "compared with it. Look at the loss."
         )
+    longest = max(float(one.flatten(1).norm(dim=1).max()) for one in alone.values())
     worst = 0.0
     for name, own in alone.items():
         if name not in found:
@@ -95,12 +101,19 @@ def _compare(found: RowGradients, alone: RowGradients, together: float, apart: f
                 f"at {segment}, no hook took the rows' gradients of the parameter {name!r}, which a backward pass "
                 "reaches: its updates would not be private. Freeze it, or tune by LoRA."
             )
-        difference = float((found[name].to(own) - own).abs().max()) / largest
+        difference = float((rows_of(found[name]).to(own) - own).abs().max()) / largest
         if not difference <= TOLERANCE:
             raise ConfigurationError(
                 f"at {segment}, the rows' gradients of the parameter {name!r} differ from those of one backward pass "
                 f"per row by {difference:.1e} of the largest gradient (at most {TOLERANCE:.0e} is rounding): its rows "
                 "are mixed, or its hook is wrong. Freeze it, or tune by LoRA."
+            )
+        more_B = (found[name].squared_norms().sqrt().to(own) - own.flatten(1).norm(dim=1)) / longest
+        if not (float(more_B.min()) >= -TOLERANCE and float(more_B.max()) <= _TOO_LONG):
+            raise ConfigurationError(
+                f"at {segment}, the norms of the rows' gradients of the parameter {name!r} are off by "
+                f"{', '.join(f'{one:.1e}' for one in more_B.tolist())} of the longest row: clipping by them bounds "
+                "nothing. Freeze it, or tune by LoRA."
             )
         worst = max(worst, difference)
     if abs(together - apart) > 1e-3 * max(1.0, abs(apart)):

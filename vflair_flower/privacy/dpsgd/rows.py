@@ -1,9 +1,13 @@
-"""Gradients of single rows: what one party takes from one backward pass over its segment, by Opacus' grad samplers.
+"""Gradients of single rows: what one party takes from one backward pass over its segment.
+
+Opacus' grad samplers make them, and where that would hold more numbers, they stay what they are products of
+(`vflair_flower.privacy.dpsgd.gradients`).
 
 B rows of a call.  The loss is a sum over rows.  Opacus' own hooks keep what went into a module on the module, last in,
 first out, so that calls of several parties would mix, and miss a module whose output another hook has read before them.
 Here a hook on the output itself keeps it, for the call that it belongs to (`Taken`).
-Invariant: `take` returns [B, ...] for every trained parameter that the pass reached, or raises an error that names it.
+Invariant: `take` returns every row's gradient of every trained parameter that the pass reached, or raises an error that
+names the parameter.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from vflair_flower.errors import ConfigurationError, SessionError
+from vflair_flower.privacy.dpsgd.gradients import Dense, RowGradient, factored
 from vflair_flower.privacy.dpsgd.opacus import (
     GradSampleHooks,
     ft_compute_per_sample_gradient,
     prepare_layer,
 )
 
-RowGradients = dict[str, Tensor]
+RowGradients = dict[str, RowGradient]
 
 
 @dataclass(eq=False)
@@ -91,10 +96,11 @@ class RowSampler:
         """
         for name, total in reached.items():
             own = taken.found.get(name)
-            if total is not None and (own is None or own.shape != (taken.rows, *total.shape)):
+            shape = None if own is None else (own.rows, *own.shape)
+            if total is not None and shape != (taken.rows, *total.shape):
                 raise SessionError(
                     f"the parameter {name!r} has a gradient, and per row "
-                    f"{'nothing' if own is None else tuple(own.shape)} instead of {(taken.rows, *total.shape)}: it "
+                    f"{'nothing' if shape is None else shape} instead of {(taken.rows, *total.shape)}: it "
                     "cannot be clipped row by row, and a step with it would not be private. Nothing was stepped. "
                     "Freeze it, or tune by LoRA."
                 )
@@ -122,17 +128,12 @@ class RowSampler:
             output.register_hook(partial(self._came_back, name, module, went_in, self.taken))
 
     def _came_back(self, name: str, module: nn.Module, went_in: list[Tensor], taken: Taken, grad: Tensor) -> None:
-        sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
-        samples: Mapping[nn.Parameter, Tensor] = sampler(module, went_in, grad.detach())
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            for sample in samples.values():  # torch trains no padding; Opacus' sampler forgets that
-                sample[:, module.padding_idx] = 0.0
         prefix = f"{name}." if name else ""
         names = {id(p): self._canonical[prefix + own] for own, p in module.named_parameters()}
-        for parameter, sample in samples.items():
+        for parameter, gradient in _rows_gradients(module, went_in, grad.detach()).items():
             if parameter.requires_grad:
                 key = names[id(parameter)]
-                taken.found[key] = taken.found[key] + sample if key in taken.found else sample.detach()
+                taken.found[key] = taken.found[key].plus(gradient) if key in taken.found else gradient
 
     def _one_per_row(self, _module: nn.Module, args: tuple[Any, ...]) -> Any:
         # transformers asks a position table once for all rows, [1, T] or [T]: its gradient would have no rows (Opacus
@@ -144,6 +145,22 @@ class RowSampler:
         if ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1):
             return (ids.expand(rows, ids.shape[-1]), *args[1:])
         return None
+
+
+def _rows_gradients(module: nn.Module, went_in: list[Tensor], grad: Tensor) -> dict[nn.Parameter, RowGradient]:
+    own = dict(module.named_parameters(recurse=False))
+    factors = factored(own["weight"], module, went_in[0], grad) if "weight" in own else None
+    if factors is not None:
+        found: dict[nn.Parameter, RowGradient] = {own["weight"]: factors}
+        if "bias" in own:
+            found[own["bias"]] = Dense(grad.reshape(len(grad), -1, grad.shape[-1]).sum(1))
+        return found
+    sampler = GradSampleHooks.GRAD_SAMPLERS.get(type(module), ft_compute_per_sample_gradient)
+    samples: Mapping[nn.Parameter, Tensor] = sampler(module, went_in, grad)
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        for sample in samples.values():  # torch trains no padding; Opacus' sampler forgets that
+            sample[:, module.padding_idx] = 0.0
+    return {parameter: Dense(sample.detach()) for parameter, sample in samples.items()}
 
 
 def _trained_modules(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
