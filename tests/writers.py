@@ -5,15 +5,17 @@ folder for what the party wrote; ``break``, which makes its sink fail.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from transformers import BertTokenizer, LlamaConfig, LlamaForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM, BertTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.tiny import WORDS
+from vflair_flower.certificate import TINY
 from vflair_flower.clients import DataParty, ModelParty, PartyRows, TextGeneration, role_of
 from vflair_flower.control import GENERATE, HELLO, MODEL_PARTY_ROLE, SERVE
 from vflair_flower.tasks import PromptRow
@@ -47,6 +49,24 @@ def save_writer(folder: Path) -> Path:
     model.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     BertTokenizer(str(folder / "vocab.txt"), eos_token="[SEP]").save_pretrained(folder)
+    return folder
+
+
+def save_sparse_writer(folder: Path, *, per_token: int = 4, change: Callable[[nn.Module], None] | None = None) -> Path:
+    """Write a tiny random OLMoE and the tokenizer of `save_writer`.
+
+    Each of its four layers has sixteen experts; `per_token` of them see a token.  `change` is what is done to the
+    weights before they are written.
+    """
+    save_writer(folder)
+    torch.manual_seed(4)
+    config = TINY["olmoe"]()
+    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = len(WORDS) + 5, 0, 2, 3
+    config.initializer_range, config.num_experts, config.num_experts_per_tok = 0.1, 16, per_token
+    model = AutoModelForCausalLM.from_config(config)
+    if change is not None:
+        change(model)
+    model.save_pretrained(folder)
     return folder
 
 

@@ -8,12 +8,11 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from simulations.pretraining import PretrainSettings, pretrain
 from tests.attacks.test_core import reachable
 from tests.tiny import WORDS
-from tests.writers import save_writer
+from tests.writers import save_sparse_writer
 from vflair_flower.attacks import (
     NOTHING,
     HeadKnowledge,
@@ -30,7 +29,6 @@ from vflair_flower.attacks.experts.truth import MoeTruth, coverage, expected_cov
 from vflair_flower.attacks.experts.view import HostView
 from vflair_flower.attacks.experts.wire import wire_view
 from vflair_flower.attacks.scoring import Truth, score
-from vflair_flower.certificate import TINY
 from vflair_flower.errors import ConfigurationError, DataError
 from vflair_flower.experts.host import ExpertHost
 from vflair_flower.experts.loading import expert_layer_names, load_experts
@@ -82,12 +80,7 @@ class Victim:
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Victim:
     """A tiny OLMoE with random weights: sixteen experts in each of four layers, four per token."""
-    folder = save_writer(tmp_path_factory.mktemp("moe"))
-    torch.manual_seed(4)
-    config = TINY["olmoe"]()
-    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = len(WORDS) + 5, 0, 2, 3
-    config.initializer_range, config.num_experts, config.num_experts_per_tok = 0.1, 16, 4
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    folder = save_sparse_writer(tmp_path_factory.mktemp("moe"))
     return Victim(folder, made_up_rows(16, seed=1), made_up_rows(300, seed=2))
 
 

@@ -3,27 +3,20 @@
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from tests.attacks.test_experts import MATCHING, Victim, commonest, made_up_rows
 from tests.tiny import WORDS
-from tests.writers import save_writer
+from tests.writers import save_sparse_writer
 from vflair_flower.attacks import NOTHING, TextGuess, find_attack, run_attack
 from vflair_flower.attacks.experts.rehearsal import MoeRehearsal
 from vflair_flower.attacks.experts.truth import coverage
 from vflair_flower.attacks.scoring import Truth, score
-from vflair_flower.certificate import TINY
 
 
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
     """A tiny OLMoE with random weights at two parties: the host has half of sixteen experts, a token takes six."""
-    folder = save_writer(tmp_path_factory.mktemp("moe"))
-    torch.manual_seed(4)
-    config = TINY["olmoe"]()
-    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = len(WORDS) + 5, 0, 2, 3
-    config.initializer_range, config.num_experts, config.num_experts_per_tok = 0.1, 16, 6
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    folder = save_sparse_writer(tmp_path_factory.mktemp("moe"), per_token=6)
     return Victim(folder, made_up_rows(6, seed=1), made_up_rows(100, seed=2))
 
 

@@ -3,15 +3,12 @@
 import json
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from tests.attacks.test_experts import WORDS, made_up_rows
-from tests.writers import save_writer
+from tests.attacks.test_experts import made_up_rows
+from tests.writers import save_sparse_writer
 from vflair_flower.audit import ExpertSubject, GridSettings, cells_of, open_subject, read_subject
 from vflair_flower.audit.experts import coverage_of, write_rows
-from vflair_flower.certificate import TINY
 from vflair_flower.cli import app as cli
 from vflair_flower.errors import ConfigurationError
 
@@ -19,12 +16,7 @@ from vflair_flower.errors import ConfigurationError
 @pytest.fixture(scope="module")
 def moe_run(tmp_path_factory):
     """Folder of a PC-MoE run: a tiny OLMoE with random weights and made-up texts."""
-    model = save_writer(tmp_path_factory.mktemp("moe"))
-    torch.manual_seed(4)
-    config = TINY["olmoe"]()
-    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = len(WORDS) + 5, 0, 2, 3
-    config.initializer_range, config.num_experts, config.num_experts_per_tok = 0.1, 16, 4
-    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    model = save_sparse_writer(tmp_path_factory.mktemp("moe"))
     folder = tmp_path_factory.mktemp("run")
     write_rows(
         folder / "audit_rows.json",

@@ -8,37 +8,31 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch import Tensor, nn
 
 from tests.attacks.test_experts import MATCHING, Victim, accuracy, commonest, made_up_rows
-from tests.tiny import WORDS
-from tests.writers import save_writer
+from tests.writers import save_sparse_writer
 from vflair_flower.attacks import find_attack, run_attack
 from vflair_flower.attacks.experts.public import PublicModel
 from vflair_flower.attacks.experts.rehearsal import MoeRehearsal
 from vflair_flower.attacks.experts.view import HostView
-from vflair_flower.certificate import TINY
 from vflair_flower.experts.modules import expert_modules, run_experts
 
 HOST = "party-1"
 KNOWN_TEXTS = 20
 
 
+@torch.no_grad()
+def move_norms(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
 @pytest.fixture(scope="module")
 def victim(tmp_path_factory: pytest.TempPathFactory) -> Victim:
     """A tiny OLMoE whose norms have weights that differ, as trained ones do."""
-    folder = save_writer(tmp_path_factory.mktemp("moe"))
-    torch.manual_seed(4)
-    config = TINY["olmoe"]()
-    config.vocab_size, config.pad_token_id, config.bos_token_id, config.eos_token_id = len(WORDS) + 5, 0, 2, 3
-    config.initializer_range, config.num_experts, config.num_experts_per_tok = 0.1, 16, 4
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(folder)
+    folder = save_sparse_writer(tmp_path_factory.mktemp("moe"), change=move_norms)
     return Victim(folder, made_up_rows(8, seed=1), made_up_rows(100, seed=2))
 
 
