@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer
 
 from simulations.local_grid import LocalGrid
+from tests.jobs import fedavg, state_of
 from tests.tiny import WORDS
 from vflair_flower.clients import DataParty, PartyRows, PartySession, split_session
 from vflair_flower.partition import (
@@ -73,7 +73,7 @@ def run(
             train(session)
             return session.reply(num_examples=4)
 
-    aggregator = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1, fraction_evaluate=0.0)
+    aggregator = fedavg(fraction_evaluate=0.0)
     with SplitLearning(spec=spec, aggregator=aggregator, hub=HubSettings(bind="inproc"), **settings) as strategy:
         strategy.start(LocalGrid(app, [{"party": f"party-{i}"} for i in range(parties)]))
     return strategy
@@ -86,12 +86,8 @@ def whole(spec: SplitSpec) -> tuple[nn.Module, PreTrainedTokenizerBase]:
     return make_trainable(loaded, spec.tuning, TASK, seed=spec.seed).train(), load_tokenizer(source)
 
 
-def adapters(strategy: SplitLearning) -> dict[str, torch.Tensor]:
-    return {**strategy.arrays.to_torch_state_dict(), **(strategy.body_state() or {})}
-
-
 def assert_equal(strategy: SplitLearning, model: nn.Module) -> None:
-    split, expected = adapters(strategy), trained_state(model)
+    split, expected = state_of(strategy), trained_state(model)
     assert split.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], split[name])] == []
     assert any(float(value.abs().max()) > 0 for name, value in expected.items() if "lora_B" in name)
@@ -99,7 +95,7 @@ def assert_equal(strategy: SplitLearning, model: nn.Module) -> None:
 
 def largest_deviation(strategy: SplitLearning, model: nn.Module) -> float:
     """Return the largest deviation in a trained matrix that began at zero, as a share of its largest entry."""
-    split, expected = adapters(strategy), {n: p for n, p in trained_state(model).items() if "lora_B" in n}
+    split, expected = state_of(strategy), {n: p for n, p in trained_state(model).items() if "lora_B" in n}
     assert len(expected) == 8
     return max(float((p - split[n]).abs().max() / p.abs().max()) for n, p in expected.items())
 

@@ -3,18 +3,17 @@
 import pytest
 import torch
 from flwr.clientapp import ClientApp
-from flwr.serverapp.strategy import FedAvg
 from peft import PeftModel
 from torch.utils.data import Dataset
 from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
 
 from simulations.local_grid import LocalGrid
-from tests.tiny import LABELS, tiny_rows
+from tests.jobs import fedavg, job_spec, state_of
+from tests.tiny import tiny_rows
 from vflair_flower.clients import DataParty, split_session
 from vflair_flower.errors import SessionClosedError, SessionError
 from vflair_flower.partition import Segment, load_segment, load_tokenizer, make_trainable, resolve_model, trained_state
-from vflair_flower.settings import LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings
-from vflair_flower.spec import SplitSpec
+from vflair_flower.settings import LoraSettings, OptimizerSettings, TrainingSettings
 from vflair_flower.strategies import HubSettings, SplitLearning
 from vflair_flower.tasks import collate, encode
 
@@ -38,9 +37,8 @@ class Encoded(Dataset):
 
 @pytest.fixture
 def spec(tiny_bert):
-    return SplitSpec(
-        model=tiny_bert,
-        task=TaskSettings(label_names=LABELS),
+    return job_spec(
+        tiny_bert,
         tuning=LoraSettings(rank=4),
         optimizer=OptimizerSettings(learning_rate=RATE, schedule="constant"),
         training=TrainingSettings(rounds=1, batch_size=4, max_tokens=16),
@@ -52,8 +50,7 @@ def run(spec, train, tmp_path, **settings):
     party = DataParty(lambda _context: tiny_rows(0), state_dir=tmp_path)
     party.register(app, train=False)
     app.train()(train)
-    aggregator = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
-    strategy = SplitLearning(spec=spec, aggregator=aggregator, hub=HubSettings(bind="inproc"), **settings)
+    strategy = SplitLearning(spec=spec, aggregator=fedavg(), hub=HubSettings(bind="inproc"), **settings)
     with strategy:
         strategy.start(LocalGrid(app, [{"party": "acme"}]))
     return strategy
@@ -67,8 +64,7 @@ def whole(spec):
 
 
 def assert_equal(strategy, model):
-    split = {**strategy.arrays.to_torch_state_dict(), **strategy.body_state()}
-    expected = trained_state(model)
+    split, expected = state_of(strategy), trained_state(model)
     assert split.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(expected[name], split[name])] == []
 

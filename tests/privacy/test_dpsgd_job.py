@@ -13,22 +13,20 @@ from flwr.clientapp.mod import LocalDpMod, fixedclipping_mod
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
-    FedAvg,
 )
 
 from simulations.local_grid import LocalGrid
-from tests.tiny import LABELS, tiny_rows
+from tests.jobs import fedavg, job_nodes, job_spec
+from tests.tiny import tiny_rows
 from tests.tiny_app import rows, state_dir
 from vflair_flower.clients import DataParty, ModelParty, role_of, split_session
 from vflair_flower.clients.mods import beside_session
 from vflair_flower.control import HELLO, MODEL_PARTY_ROLE, SERVE
 from vflair_flower.dp_settings import DpSettings
 from vflair_flower.errors import SessionError
-from vflair_flower.partition import PartitionPlan
 from vflair_flower.privacy import MayLeave, Policy, Secret
 from vflair_flower.privacy.dpsgd import epsilon_of
-from vflair_flower.settings import LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings
-from vflair_flower.spec import SplitSpec
+from vflair_flower.settings import TrainingSettings
 from vflair_flower.strategies import HubSettings, SplitLearning
 from vflair_flower.tasks import collate, encode_task
 from vflair_flower.training.row_losses import losses_per_row
@@ -59,27 +57,19 @@ def make_app(policy=None, mods=()):
 
 @pytest.fixture
 def nodes(tmp_path):
-    return [{"partition-id": i, "num-partitions": 2, "state-dir": str(tmp_path / "state")} for i in range(2)]
+    return job_nodes(tmp_path, 2)
 
 
 @pytest.fixture
 def spec(tiny_bert):
-    return SplitSpec(
-        model=tiny_bert,
-        plan=PartitionPlan(head_blocks=1, tail_blocks=1),
-        task=TaskSettings(label_names=LABELS),
-        tuning=LoraSettings(rank=2),
-        optimizer=OptimizerSettings(learning_rate=5e-3),
-        training=TrainingSettings(rounds=2, local_steps=2, batch_size=4, evaluation_batch_size=4, max_tokens=16),
-        privacy=DpSettings(noise_multiplier=0.8, delta=1e-2),
-    )
+    training = TrainingSettings(rounds=2, local_steps=2, batch_size=4, evaluation_batch_size=4, max_tokens=16)
+    return job_spec(tiny_bert, training=training, privacy=DpSettings(noise_multiplier=0.8, delta=1e-2))
 
 
 def run(nodes, spec, *, policy=None, aggregator=None, mods=(), **settings):
-    aggregator = aggregator or FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     settings = {"hub": HubSettings(bind="inproc"), "deadline_s": 20.0, **settings}
     grid = LocalGrid(make_app(policy, mods), nodes)
-    with SplitLearning(spec=spec, aggregator=aggregator, **settings) as strategy:
+    with SplitLearning(spec=spec, aggregator=aggregator or fedavg(), **settings) as strategy:
         strategy.start(grid)
     return strategy
 
@@ -132,7 +122,7 @@ def test_the_documented_loop_works(nodes, spec, tmp_path):
         spec, training=TrainingSettings(rounds=1, local_steps=3, batch_size=4, evaluation_batch_size=4, max_tokens=16)
     )
     with SplitLearning(
-        spec=spec, aggregator=_fedavg(), hub=HubSettings(bind="inproc"), deadline_s=20.0, on_party_lost="stop"
+        spec=spec, aggregator=fedavg(), hub=HubSettings(bind="inproc"), deadline_s=20.0, on_party_lost="stop"
     ) as strategy:
         strategy.start(LocalGrid(own, nodes[:1]))
     assert strategy.reports["party-0"].privacy["steps"] == 3
@@ -151,13 +141,13 @@ def test_resuming_goes_on_with_the_account(nodes, spec, tmp_path):
     folder = tmp_path / "checkpoints"
     grid = LocalGrid(make_app(), nodes)
     settings = {"hub": HubSettings(bind="inproc"), "deadline_s": 20.0, "checkpoint_dir": folder, "job": "resumed"}
-    with SplitLearning(spec=spec, aggregator=_fedavg(), **settings) as strategy:
+    with SplitLearning(spec=spec, aggregator=fedavg(), **settings) as strategy:
         strategy.start(grid, num_rounds=1)
     account = tmp_path / "state" / "resumed" / "party-0" / "dp-sgd.json"
     assert json.loads(account.read_text())["history"] == [[0.8, 4 / 24, 2]]
     state = tmp_path / "state"
     shutil.copytree(state, tmp_path / "before")
-    with SplitLearning(spec=spec, aggregator=_fedavg(), resume=True, **settings) as strategy:
+    with SplitLearning(spec=spec, aggregator=fedavg(), resume=True, **settings) as strategy:
         strategy.start(LocalGrid(make_app(), nodes), num_rounds=2)
     assert strategy.reports["party-0"].privacy["steps"] == 4
     assert strategy.reports["model-party"].privacy["steps"] == 4
@@ -168,15 +158,11 @@ def test_resuming_goes_on_with_the_account(nodes, spec, tmp_path):
     for leftover in folder.glob("*2*"):
         leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
     with (
-        SplitLearning(spec=spec, aggregator=_fedavg(), resume=True, on_party_lost="stop", **settings) as strategy,
+        SplitLearning(spec=spec, aggregator=fedavg(), resume=True, on_party_lost="stop", **settings) as strategy,
         pytest.raises(SessionError, match=r"party-0"),
     ):
         strategy.start(LocalGrid(make_app(), nodes), num_rounds=2)
     assert not account.exists()
-
-
-def _fedavg():
-    return FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
 
 
 def test_the_model_party_may_be_a_node(nodes, spec, tmp_path):
@@ -190,7 +176,7 @@ def test_the_model_party_may_be_a_node(nodes, spec, tmp_path):
 def test_flowers_own_differential_privacy_composes(nodes, spec, wrapper):
     """Its clipping leaves no party's change of a round above the bound; with a bound of almost 0, nothing moves."""
     bound = {"noise_multiplier": 1e-6, "clipping_norm": 1e-7, "num_sampled_clients": 2}
-    mods, aggregator = (), _fedavg()
+    mods, aggregator = (), fedavg()
     if wrapper == "server side":
         aggregator = DifferentialPrivacyServerSideFixedClipping(aggregator, **bound)
     elif wrapper == "client side":

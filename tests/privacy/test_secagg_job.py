@@ -14,12 +14,11 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideFixedClipping,
     DifferentialPrivacyServerSideFixedClipping,
     FedAdam,
-    FedAvg,
     FedMedian,
 )
 
 from simulations.local_grid import LocalGrid
-from tests.tiny import LABELS
+from tests.jobs import fedavg, job_nodes, job_spec, state_of
 from tests.tiny_app import rows, state_dir
 from vflair_flower.clients import DataParty, secure, split_session
 from vflair_flower.clients.mods import beside_session
@@ -27,11 +26,9 @@ from vflair_flower.clients.secure import answer_stage, masked
 from vflair_flower.control import SECAGG
 from vflair_flower.dp_settings import DpSettings
 from vflair_flower.errors import ConfigurationError, PartyLostError, SessionError
-from vflair_flower.partition import PartitionPlan
 from vflair_flower.privacy import MayLeave, Policy, masked_party, masked_sum
 from vflair_flower.secagg_settings import SecAggSettings
-from vflair_flower.settings import ExpertSettings, LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings
-from vflair_flower.spec import SplitSpec
+from vflair_flower.settings import ExpertSettings, TrainingSettings
 from vflair_flower.strategies import HubSettings, SplitLearning
 
 REST = MayLeave(tensor=("hidden", "grad", "attention_mask", "position_ids"))
@@ -48,24 +45,13 @@ def make_app(policy=None, mods=(masked,)):
 
 @pytest.fixture
 def nodes(tmp_path):
-    return [{"partition-id": i, "num-partitions": 3, "state-dir": str(tmp_path / "state")} for i in range(3)]
+    return job_nodes(tmp_path, 3)
 
 
 @pytest.fixture
 def spec(tiny_bert):
-    return SplitSpec(
-        model=tiny_bert,
-        plan=PartitionPlan(head_blocks=1, tail_blocks=1),
-        task=TaskSettings(label_names=LABELS),
-        tuning=LoraSettings(rank=2),
-        optimizer=OptimizerSettings(learning_rate=5e-3),
-        training=TrainingSettings(rounds=2, local_steps=2, batch_size=4, evaluation_batch_size=16, max_tokens=16),
-        secure_aggregation=SecAggSettings(),
-    )
-
-
-def fedavg(**settings):
-    return FedAvg(**{"min_train_nodes": 1, "min_evaluate_nodes": 1, "min_available_nodes": 1, **settings})
+    training = TrainingSettings(rounds=2, local_steps=2, batch_size=4, evaluation_batch_size=16, max_tokens=16)
+    return job_spec(tiny_bert, training=training, secure_aggregation=SecAggSettings())
 
 
 def run(nodes, spec, *, app=None, aggregator=None, rounds=None, **settings):
@@ -73,10 +59,6 @@ def run(nodes, spec, *, app=None, aggregator=None, rounds=None, **settings):
     with SplitLearning(spec=spec, aggregator=aggregator or fedavg(), **settings) as strategy:
         strategy.start(LocalGrid(app or make_app(), nodes), num_rounds=rounds)
     return strategy
-
-
-def state_of(strategy):
-    return {**strategy.arrays.to_torch_state_dict(), **(strategy.body_state() or {})}
 
 
 def farthest(one, other):

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from flwr.app import Message
-from flwr.serverapp.strategy import FedAvg
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from simulations.local_grid import LocalGrid, ProcessGrid
+from tests.jobs import fedavg, job_nodes
 from tests.writers import BLOCKS, app, prompts_of, save_writer
 from vflair_flower.errors import ConfigurationError, PartyLostError
 from vflair_flower.generation import write_texts
@@ -58,14 +58,12 @@ def spec(writer: str) -> SplitSpec:
 
 @pytest.fixture
 def nodes(tmp_path: Path) -> list[dict]:
-    common = {"num-partitions": 2, "state-dir": str(tmp_path / "state"), "out": str(tmp_path)}
-    return [{"partition-id": i, **common} for i in range(2)]
+    return job_nodes(tmp_path, 2, out=str(tmp_path))
 
 
 def strategy_for(spec: SplitSpec, **settings: object) -> SplitLearning:
-    aggregator = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     return SplitLearning(
-        spec=spec, aggregator=aggregator, deadline_s=20, **{"hub": HubSettings(bind="inproc"), **settings}
+        spec=spec, aggregator=fedavg(), deadline_s=20, **{"hub": HubSettings(bind="inproc"), **settings}
     )
 
 

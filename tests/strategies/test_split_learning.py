@@ -9,12 +9,11 @@ from flwr.app import ConfigRecord
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedMedian
 
 from simulations.local_grid import LocalGrid
-from tests.tiny import LABELS
+from tests.jobs import fedavg, job_nodes, job_spec, state_of
 from tests.tiny_app import app
 from vflair_flower.errors import CheckpointError, ConfigurationError, PartyLostError
 from vflair_flower.partition import PartitionPlan
 from vflair_flower.settings import LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings
-from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies import HubSettings, SplitLearning
 
 PLANES = {"inproc": HubSettings(bind="inproc"), "grpc": HubSettings()}
@@ -22,19 +21,13 @@ PLANES = {"inproc": HubSettings(bind="inproc"), "grpc": HubSettings()}
 
 @pytest.fixture
 def nodes(tmp_path):
-    return [{"partition-id": i, "num-partitions": 3, "state-dir": str(tmp_path / "state")} for i in range(3)]
+    return job_nodes(tmp_path, 3)
 
 
 @pytest.fixture
 def spec(tiny_bert):
-    return SplitSpec(
-        model=tiny_bert,
-        plan=PartitionPlan(head_blocks=1, tail_blocks=1),
-        task=TaskSettings(label_names=LABELS),
-        tuning=LoraSettings(rank=4),
-        optimizer=OptimizerSettings(learning_rate=5e-3),
-        training=TrainingSettings(rounds=3, local_steps=3, batch_size=4, max_tokens=16),
-    )
+    training = TrainingSettings(rounds=3, local_steps=3, batch_size=4, max_tokens=16)
+    return job_spec(tiny_bert, tuning=LoraSettings(rank=4), training=training)
 
 
 def run(grid, spec, **settings):
@@ -43,14 +36,6 @@ def run(grid, spec, **settings):
         strategy.start(grid)
         metrics, reports = strategy.evaluate(grid, config=ConfigRecord({"split": "test", "report-rows": True}))
     return strategy, metrics, reports
-
-
-def fedavg():
-    return FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
-
-
-def state_of(strategy):
-    return {**strategy.arrays.to_torch_state_dict(), **(strategy.body_state() or {})}
 
 
 def assert_equal(one, other):

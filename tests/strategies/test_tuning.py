@@ -5,17 +5,16 @@ import dataclasses
 import pytest
 import torch
 from flwr.app import ConfigRecord
-from flwr.serverapp.strategy import FedAvg
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from simulations.local_grid import LocalGrid
+from tests.jobs import fedavg, job_nodes, job_spec, state_of
 from tests.tiny import LABELS, tiny_rows
 from tests.tiny_app import app
 from vflair_flower.cli import app as vflair
-from vflair_flower.partition import PartitionPlan, Segment, load_segment, make_trainable, resolve_model, trained_state
-from vflair_flower.settings import LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings, WeightSettings
-from vflair_flower.spec import SplitSpec
+from vflair_flower.partition import Segment, load_segment, make_trainable, resolve_model, trained_state
+from vflair_flower.settings import LoraSettings, OptimizerSettings, TrainingSettings, WeightSettings
 from vflair_flower.strategies import HubSettings, SplitLearning
 from vflair_flower.tasks import BatchOrder, collate, encode
 
@@ -25,38 +24,23 @@ TRAINING = TrainingSettings(rounds=2, local_steps=6, batch_size=4, max_tokens=16
 
 @pytest.fixture
 def nodes(tmp_path):
-    common = {"num-partitions": PARTIES, "state-dir": str(tmp_path / "state")}
-    return [{"partition-id": i, **common} for i in range(PARTIES)]
+    return job_nodes(tmp_path, PARTIES)
 
 
 @pytest.fixture
 def spec(tiny_bert):
-    return SplitSpec(
-        model=tiny_bert,
-        plan=PartitionPlan(head_blocks=1, tail_blocks=1),
-        task=TaskSettings(label_names=LABELS),
-        tuning=LoraSettings(rank=2),
-        optimizer=OptimizerSettings(learning_rate=5e-3),
-        training=TRAINING,
-        averaging="step",
-        seed=3,
-    )
+    return job_spec(tiny_bert, training=TRAINING, averaging="step", seed=3)
 
 
 def train(nodes, spec, *, num_rounds=None, **settings):
-    aggregator = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     strategy = SplitLearning(
-        spec=spec, aggregator=aggregator, hub=HubSettings(bind="inproc"), deadline_s=20.0, **settings
+        spec=spec, aggregator=fedavg(), hub=HubSettings(bind="inproc"), deadline_s=20.0, **settings
     )
     grid = LocalGrid(app, nodes)
     with strategy:
         strategy.start(grid, num_rounds=num_rounds)
         _, reports = strategy.evaluate(grid, config=ConfigRecord({"split": "test", "report-rows": True}))
     return strategy, reports
-
-
-def state_of(strategy):
-    return {**strategy.arrays.to_torch_state_dict(), **strategy.body_state()}
 
 
 def test_clipped_portions_are_the_clipped_joined_batch(nodes, spec):
