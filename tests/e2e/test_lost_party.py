@@ -5,13 +5,11 @@ import time
 
 import pytest
 import torch
-from flwr.serverapp.strategy import FedAvg
 
 from simulations.local_grid import ProcessGrid
-from tests.tiny import LABELS
+from tests.jobs import fedavg, job_nodes, job_spec
 from vflair_flower.errors import PartyLostError
-from vflair_flower.settings import OptimizerSettings, TaskSettings, TrainingSettings
-from vflair_flower.spec import SplitSpec
+from vflair_flower.settings import LoraSettings, TrainingSettings
 from vflair_flower.strategies import SplitLearning
 
 pytestmark = pytest.mark.timeout(240)
@@ -20,23 +18,18 @@ DEADLINE_S = 60.0
 
 @pytest.fixture
 def spec(tiny_bert):
-    return SplitSpec(
-        model=tiny_bert,
-        task=TaskSettings(label_names=LABELS),
-        optimizer=OptimizerSettings(learning_rate=5e-3),
-        training=TrainingSettings(rounds=3, local_steps=6, batch_size=4, max_tokens=16),
-    )
+    training = TrainingSettings(rounds=3, local_steps=6, batch_size=4, max_tokens=16)
+    return job_spec(tiny_bert, tuning=LoraSettings(), training=training)
 
 
 def nodes(tmp_path, **dying):
-    common = {"num-partitions": 3, "state-dir": str(tmp_path / "state")}
-    return [{"partition-id": i, **common, **(dying if i == 1 else {})} for i in range(3)]
+    first, second, third = job_nodes(tmp_path, 3)
+    return [first, {**second, **dying}, third]
 
 
 def strategy_for(spec, tmp_path, **settings):
-    aggregator = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     return SplitLearning(
-        spec=spec, aggregator=aggregator, job="job", checkpoint_dir=tmp_path / "run", deadline_s=DEADLINE_S, **settings
+        spec=spec, aggregator=fedavg(), job="job", checkpoint_dir=tmp_path / "run", deadline_s=DEADLINE_S, **settings
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from simulations.local_grid import LocalGrid
 from tests.experts.conftest import save_writing_moe
+from tests.jobs import fedavg
 from tests.tiny import LABELS, tiny_rows
 from tests.writers import _rows as writers_rows
 from tests.writers import prompts_of, save_writer
@@ -92,9 +93,8 @@ def nodes(count: int = PARTIES) -> list[dict]:
 
 
 def strategy_for(spec: SplitSpec, record: RecordingSettings | None, **more: object) -> SplitLearning:
-    aggregator = FedAvg(min_train_nodes=1, min_evaluate_nodes=1, min_available_nodes=1)
     return SplitLearning(
-        spec=spec, aggregator=aggregator, deadline_s=20, hub=HubSettings(bind="inproc"), record=record, **more
+        spec=spec, aggregator=fedavg(), deadline_s=20, hub=HubSettings(bind="inproc"), record=record, **more
     )
 
 
