@@ -27,6 +27,7 @@ from vflair_flower.attacks.membership.victim import member_rehearsal
 from vflair_flower.attacks.scoring import score
 from vflair_flower.audit import Subject
 from vflair_flower.errors import ConfigurationError
+from vflair_flower.partition import load_tokenizer, resolve_model
 from vflair_flower.report import Result
 from vflair_flower.settings import TaskSettings
 from vflair_flower.tasks import Row, TextDataset, load_text_dataset, padding_token_id
@@ -123,9 +124,7 @@ def main(
             lines.append(_line({**config, "dp-epsilon": epsilon}, epsilon, planted, train[:compared], others))
             Console().print(_table(lines))
     if out is not None:
-        out.write_text(
-            json.dumps({"settings": config, "lines": [asdict(line) for line in lines]}, indent=1, default=str)
-        )
+        out.write_text(json.dumps({"settings": config, "lines": [asdict(line) for line in lines]}, indent=1))
 
 
 def _chosen(dataset: TextDataset, rows: int, compared: int, seed: int) -> tuple[list[Row], list[Row]]:
@@ -146,8 +145,6 @@ def _plant(
     folder: Path, dataset: TextDataset, train: Sequence[Row], count: int, model: str, task: TaskSettings, seed: int
 ) -> Canaries:
     """Write the data set with canaries among its rows."""
-    from vflair_flower.partition import load_tokenizer, resolve_model
-
     planted = random_canaries(count, load_tokenizer(resolve_model(model, Path.cwd())), task, num_tokens=12, seed=seed)
     splits = {"train": [*train, *planted.trained], "validation": dataset.splits["validation"]}
     folder.mkdir(parents=True)

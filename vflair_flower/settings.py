@@ -361,6 +361,16 @@ class ExpertSettings:
                 f"private_share is {self.private_share}; choose 0 (none) to 1 (all), the part of a party's distinct "
                 "tokens that goes to its own experts alone."
             )
+        if self.routes_by_token:
+            self.check_routes_by_token()
+
+    @property
+    def routes_by_token(self) -> bool:
+        """Whether a token's place or kind says which hosts may see it."""
+        return self.routing_gap > 1 or self.private_share > 0.0
+
+    def check_routes_by_token(self) -> None:
+        """Raise ConfigurationError for settings under which it is not an owner's own routers that choose hosts."""
         needed: dict[str, object] = {
             "backbone": "party",
             "replicas": 1,
@@ -368,7 +378,7 @@ class ExpertSettings:
             "semantics": "return",
         }
         odd = [name for name, value in needed.items() if getattr(self, name) != value]
-        if (self.routing_gap > 1 or self.private_share) and odd:
+        if odd:
             raise ConfigurationError(
                 f"routing_gap is {self.routing_gap}, private_share {self.private_share} (or a party has private tokens "
                 f"of its own) and {odd[0]} {getattr(self, odd[0])!r}; which hosts see a token is for its owner's own "

@@ -57,7 +57,7 @@ def route_locally(
     ConfigurationError
         If a token could be left with too few experts, or the rule does not go with the job's settings.
     """
-    by_token = settings.routing_gap > 1 or settings.private_share > 0.0 or private_tokens is not None
+    by_token = settings.routes_by_token or private_tokens is not None
     if not settings.opted_out and not settings.local_tolerance and not by_token:
         return nullcontext()
     own = dict(enumerate(placement.experts_of(party)))
@@ -140,7 +140,7 @@ def _preferring(
 def check_job_routing(config: PreTrainedConfig, settings: ExpertSettings, placement: Placement) -> None:
     """Raise ConfigurationError where a job's settings could leave some party's token with too few experts."""
     check_enough_experts(config, opted_out_experts(placement))
-    if settings.routing_gap > 1 or settings.private_share:
+    if settings.routes_by_token:
         for party in placement.hosts:
             for shut in TokenRouting(replace(settings, private_share=0.0), placement, party).sets_of_masked():
                 check_enough_experts(config, shut)

@@ -10,7 +10,6 @@ the gap; the group depends on the place alone, so that beams may change rows.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +54,7 @@ class TokenRouting:
         self, settings: ExpertSettings, placement: Placement, party: str, private_tokens: PrivateTokens | None = None
     ) -> None:
         if private_tokens is not None:
-            replace(settings, private_share=settings.private_share or 1.0)  # refused where it does not go together
+            settings.check_routes_by_token()
         elif settings.private_share:
             raise ConfigurationError(
                 f"private_share is {settings.private_share}, and it is not known which tokens are the party's rarest. "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.privacy.defence import Preparation, Scene
+from vflair_flower.privacy.defence import Defence, Moment, Preparation, Scene
 from vflair_flower.tasks import padded_ids
 
 GAIN_PACE, PACE = 20.0, 50.0
@@ -47,6 +47,42 @@ def over_tokens(values: Tensor, mask: Tensor) -> Tensor:
     """Return the mean over tokens, and over the numbers of each; values [B, T, ...], mask [B, T]."""
     chosen = values[mask.bool()]
     return chosen.mean() if chosen.numel() else values.sum() * 0.0
+
+
+class ReadsTokens(Defence):
+    """Base of defences that add to the loss what they see of the tokens behind the states.
+
+    Parameters
+    ----------
+    scene : Scene
+        See `Defence`.
+    """
+
+    def __init__(self, scene: Scene) -> None:
+        super().__init__(scene)
+        vocabulary = len(scene.embedding_VD)
+        special_V = torch.zeros(vocabulary, dtype=torch.bool)
+        special_V[[one for one in scene.special_ids if one < vocabulary]] = True
+        self.register_buffer("special_V", special_V, persistent=False)
+        self.special_V: Tensor
+        self._ids_BT: Tensor | None = None
+        self._term: Tensor | None = None
+
+    def ids(self, ids_BT: Tensor, moment: Moment) -> Tensor:
+        """Remember the tokens of this call."""
+        self._ids_BT = ids_BT if moment.training else None
+        return ids_BT
+
+    def text_of(self, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return which tokens of this call are text, bool [B, T], and these tokens, int64 [N]."""
+        assert self._ids_BT is not None, "the shield asks for tokens before it calls"
+        text_BT = mask_BT.bool() & ~self.special_V[self._ids_BT]
+        return text_BT, self._ids_BT[text_BT]
+
+    def penalty(self) -> Tensor | None:
+        """Return the terms of the last forward pass."""
+        term, self._term = self._term, None
+        return term
 
 
 class Deviation(nn.Module):

@@ -12,8 +12,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy, gelu, layer_norm, normalize
 
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.privacy.bottleneck import check_weight, own_states
-from vflair_flower.privacy.defence import Defence, Moment, Needs, Place, Preparation, Scene, defence
+from vflair_flower.privacy.bottleneck import ReadsTokens, check_weight, own_states
+from vflair_flower.privacy.defence import Moment, Needs, Place, Preparation, Scene, defence
 
 _ROWS = 256
 _WARM_UP_STEPS = 150
@@ -63,7 +63,7 @@ class _Adversary(nn.Module):
     paper="Pan et al., IEEE S&P 2020. The mapping is the identity plus a change, without a Sigmoid; the adversary "
     "names tokens, and its loss is a cross-entropy over them; the weight weighs privacy",
 )
-class Adversarial(Defence):
+class Adversarial(ReadsTokens):
     """Send P(x) of each token x; P and the head are trained against an adversary that reads tokens from P(x).
 
     The adversary is trained on the party's own tokens, with an optimiser of its own: first on the states as they are,
@@ -126,12 +126,6 @@ class Adversarial(Defence):
         # It has its own optimiser: the session's must not move it.
         self.adversary = _Adversary(scene.width, size, inner).requires_grad_(False)
         self._optimizer = torch.optim.Adam(self.adversary.parameters(), lr=_RATE)
-        special = torch.zeros(vocabulary, dtype=torch.bool)
-        special[[one for one in scene.special_ids if one < vocabulary]] = True
-        self.register_buffer("special_V", special, persistent=False)
-        self.special_V: Tensor
-        self._ids_BT: Tensor | None = None
-        self._term: Tensor | None = None
 
     def prepare(self, preparation: Preparation) -> None:
         """Train the adversary on states as they are, so that the mapping meets one that can read."""
@@ -146,11 +140,6 @@ class Adversarial(Defence):
             self._learn(hidden_ND[chosen], ids_N[chosen])
         super().prepare(preparation)
 
-    def ids(self, ids_BT: Tensor, moment: Moment) -> Tensor:
-        """Remember the tokens of this call."""
-        self._ids_BT = ids_BT if moment.training else None
-        return ids_BT
-
     def smashed(self, hidden_BTD: Tensor, moment: Moment) -> Tensor:
         """Return mapped states, [B, T, D]."""
         sent_BTD, change_BTD = self.mapping(hidden_BTD.float())
@@ -158,11 +147,6 @@ class Adversarial(Defence):
             self._term = self._terms(sent_BTD, change_BTD, moment.mask_BT.bool())
         changed: Tensor = sent_BTD.to(hidden_BTD.dtype)
         return changed
-
-    def penalty(self) -> Tensor | None:
-        """Return the terms of privacy and utility of the last forward pass."""
-        term, self._term = self._term, None
-        return term
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the state of the adversary's optimiser, which is saved with its parameters."""
@@ -177,10 +161,9 @@ class Adversarial(Defence):
         terms = []
         if self.utility:
             terms.append(self.utility * change_BTD[mask_BT].square().mean())
-        assert self._ids_BT is not None, "the shield asks for tokens before it calls"
-        text_BT = mask_BT & ~self.special_V[self._ids_BT]
-        if self.weight and bool(text_BT.any()):
-            ids_N, sent_ND = self._ids_BT[text_BT], sent_BTD[text_BT]
+        text_BT, ids_N = self.text_of(mask_BT)
+        if self.weight and len(ids_N):
+            sent_ND = sent_BTD[text_BT]
             for _ in range(self.adversary_steps):
                 self._learn(sent_ND.detach(), ids_N)
             read_N = self._read(dict(self.adversary.named_parameters()), sent_ND, ids_N)

@@ -11,8 +11,8 @@ from sklearn.cluster import KMeans
 from torch import Tensor, nn
 
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.privacy.bottleneck import check_weight, own_states
-from vflair_flower.privacy.defence import Defence, Moment, Needs, Place, Preparation, Scene, defence
+from vflair_flower.privacy.bottleneck import ReadsTokens, check_weight, own_states
+from vflair_flower.privacy.defence import Moment, Needs, Place, Preparation, Scene, defence
 from vflair_flower.settings import one_of
 from vflair_flower.tasks import Encoded
 from vflair_flower.tasks.encoded import EncodedRow
@@ -31,7 +31,7 @@ _LEAST_COUNT = 3
     "so their distance is bounded; noise is in deviations of the states, not an epsilon; a token that the party's own "
     "texts lack goes to the nearest centre",
 )
-class TextObfuscator(Defence):
+class TextObfuscator(ReadsTokens):
     """Train the head so that tokens of a cluster have like states, and send ``x + noise``.
 
     Once, the states of the party's own texts are averaged for every token and put into `clusters` clusters by k-means.
@@ -101,12 +101,6 @@ class TextObfuscator(Defence):
         self.cluster_V: Tensor
         self.deviation: Tensor
         self.wanted: Tensor
-        special = torch.zeros(vocabulary, dtype=torch.bool)
-        special[[one for one in scene.special_ids if one < vocabulary]] = True
-        self.register_buffer("special_V", special, persistent=False)
-        self.special_V: Tensor
-        self._ids_BT: Tensor | None = None
-        self._term: Tensor | None = None
 
     @torch.no_grad()
     def prepare(self, preparation: Preparation) -> None:
@@ -137,25 +131,14 @@ class TextObfuscator(Defence):
         self.wanted.copy_(self.apart * torch.pdist(centres_KD).mean())
         super().prepare(preparation)
 
-    def ids(self, ids_BT: Tensor, moment: Moment) -> Tensor:
-        """Remember the tokens of this call."""
-        self._ids_BT = ids_BT if moment.training else None
-        return ids_BT
-
     def smashed(self, hidden_BTD: Tensor, moment: Moment) -> Tensor:
         """Return states with noise, [B, T, D]."""
         if moment.training:
-            assert self._ids_BT is not None, "the shield asks for tokens before it calls"
-            text_BT = moment.mask_BT.bool() & ~self.special_V[self._ids_BT]
-            self._term = self._terms(hidden_BTD[text_BT].float(), self._ids_BT[text_BT])
+            text_BT, ids_N = self.text_of(moment.mask_BT)
+            self._term = self._terms(hidden_BTD[text_BT].float(), ids_N)
         if not self.noise:
             return hidden_BTD
         return hidden_BTD + (self.noise * self.deviation * self._drawn(hidden_BTD)).to(hidden_BTD.dtype)
-
-    def penalty(self) -> Tensor | None:
-        """Return how far states are from their centres, and how near centres are to each other."""
-        term, self._term = self._term, None
-        return term
 
     def clusters_of(self, ids_N: Tensor, hidden_ND: Tensor) -> Tensor:
         """Return the cluster of every token, int64 [N]; of those never seen, that of the nearest centre."""
