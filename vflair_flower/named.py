@@ -5,11 +5,62 @@ Attacks and defences are chosen so.  A setting is a keyword-only argument with a
 
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import Any, Generic, TypeVar
 
 from vflair_flower.errors import ConfigurationError
 
 Setting = bool | int | float | str
+_T = TypeVar("_T")
+
+
+class Registry(Generic[_T]):
+    """What is chosen by name, of one sort: a package's own, which are read when one is first asked for, and others'.
+
+    Parameters
+    ----------
+    sort : str
+        Such as ``"attack"``, for errors.
+    *packages : str
+        Packages whose modules register the package's own.
+    """
+
+    def __init__(self, sort: str, *packages: str) -> None:
+        self.by_name: dict[str, _T] = {}
+        self._sort = sort
+        self._packages = packages
+        self._modules: dict[str, str] = {}
+
+    def add(self, name: str, one: _T, settings: Mapping[str, Setting], *, module: str) -> None:
+        """Register one under a name; a module may register its own again, as it does when it is read twice.
+
+        Raises
+        ------
+        ConfigurationError
+            Another module has registered this name, or a setting has no default.
+        """
+        before = self._modules.get(name, module)
+        if name in self.by_name and before != module:
+            raise ConfigurationError(f"two {self._sort}s are called {name!r}, in {before} and {module}. Rename one.")
+        check_defaults(settings, of=f"{self._sort} {name!r}")
+        self.by_name[name] = one
+        self._modules[name] = module
+
+    def all(self) -> Mapping[str, _T]:
+        """Return all by name, sorted."""
+        for package in self._packages:
+            for module in iter_modules(import_module(package).__path__, f"{package}."):
+                import_module(module.name)
+        self._packages = ()
+        return dict(sorted(self.by_name.items()))
+
+    def find(self, name: str) -> _T:
+        """Return one by name; raise ConfigurationError for an unknown one."""
+        known = self.all()
+        if name not in known:
+            raise ConfigurationError(f"the {self._sort} is {name!r}; known are {', '.join(known)}.")
+        return known[name]
 
 
 def settings_of(function: Callable[..., object], *, besides: Collection[str] = ()) -> Mapping[str, Setting]:

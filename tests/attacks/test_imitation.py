@@ -89,7 +89,7 @@ class TestImitation:
                 )
                 torch.testing.assert_close(apart, torch.full_like(apart, by), atol=1e-5, rtol=0)
         finally:
-            del _DEFENCES["bend"]
+            del _DEFENCES.by_name["bend"]
 
     def test_what_must_be_learnt_is_learnt_from_its_own_texts(self, minilm):
         text = "split-and-denoise:eta=300,texts=32,epochs=1,tokens=8,width=8"
@@ -131,7 +131,7 @@ class TestImitation:
             found = knows.surrogate.head_of_ids(ids_BT, mask_BT).flatten()
             assert float((found @ clean) / (clean @ clean)) == pytest.approx(0.5, abs=0.02)
         finally:
-            del _DEFENCES["halve"]
+            del _DEFENCES.by_name["halve"]
 
     def test_without_a_defence_nothing_more_is_known(self, minilm):
         rehearsal = minilm.rehearse(SHALLOW, count=2)
@@ -152,7 +152,7 @@ def mixed():
             return hidden_BTD @ named_DD + 0.1 * hidden_BTD.detach().square().mean().sqrt() * noise
 
     yield
-    del _DEFENCES["mixed"]
+    del _DEFENCES.by_name["mixed"]
 
 
 def both(victim, text, attack, *, count):

@@ -145,7 +145,7 @@ class TestJob:
     def test_without_a_fitting_attack_says_why(self, finished_run, tmp_path, monkeypatch):
         from vflair_flower.attacks import registry
 
-        odd = registry._ATTACKS["vmi"]
-        monkeypatch.setitem(registry._ATTACKS, "vmi", type(odd)(**{**vars(odd), "kinds": ()}))
+        odd = registry._ATTACKS.by_name["vmi"]
+        monkeypatch.setitem(registry._ATTACKS.by_name, "vmi", type(odd)(**{**vars(odd), "kinds": ()}))
         with pytest.raises(ConfigurationError, match="does not work on sequence-classification"):
             LeakageAudit(subject=Subject(run=str(finished_run)), settings=GridSettings(attacks="vmi"), folder=tmp_path)

@@ -29,7 +29,7 @@ def test_the_example_works(bert):
             assert party.values("hidden")[0].abs().max() == 0.25
             assert party.values("grad")
     finally:
-        _DEFENCES.pop("clip-numbers", None)
+        _DEFENCES.by_name.pop("clip-numbers", None)
 
 
 def test_the_policy_is_one_and_keeps_what_it_should(bert, tmp_path):

@@ -57,7 +57,7 @@ def marked():
             return self.weight * 100.0
 
     yield Marked
-    del _DEFENCES["marked"]
+    del _DEFENCES.by_name["marked"]
 
 
 @pytest.mark.parametrize("mode", [Mode.HBT, Mode.HT])
@@ -162,7 +162,7 @@ def test_defences_that_were_not_prepared_send_nothing(bert):
             party.shield.load_state_dict(state)
             party.model(**party.batch(ROWS).inputs)
     finally:
-        del _DEFENCES["pupil"]
+        del _DEFENCES.by_name["pupil"]
 
 
 def test_a_policy_keeps_what_it_does_not_name_or_what_is_not_covered(bert):

@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
-from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import TypeVar
@@ -24,7 +22,7 @@ import torch
 from vflair_flower.attacks.guesses import Guess
 from vflair_flower.attacks.knowledge import HeadKnowledge, Knowledge
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.named import Setting, check_defaults, check_settings, read_name, read_settings, settings_of
+from vflair_flower.named import Registry, Setting, check_settings, read_name, read_settings, settings_of
 from vflair_flower.partition import Mode
 from vflair_flower.settings import TaskKind
 
@@ -109,7 +107,8 @@ class Attempt:
     memory_bytes: int
 
 
-_ATTACKS: dict[str, Attack] = {}
+_FOLDERS = [one.name for one in iter_modules([str(Path(__file__).parent)]) if one.ispkg]
+_ATTACKS: Registry[Attack] = Registry("attack", *(f"vflair_flower.attacks.{folder}" for folder in _FOLDERS))
 
 
 def attack(
@@ -150,11 +149,6 @@ def attack(
     """
 
     def register(function: _FunctionT) -> _FunctionT:
-        before = _ATTACKS.get(name)
-        if before is not None and before.run.__module__ != function.__module__:
-            raise ConfigurationError(
-                f"two attacks are called {name!r}, in {before.run.__module__} and {function.__module__}. Rename one."
-            )
         made = Attack(
             name=name,
             goal=goal,
@@ -167,8 +161,7 @@ def attack(
             knowledge=tuple(knowledge),
             causal_only=causal_only,
         )
-        check_defaults(made.settings, of=f"attack {name!r}")
-        _ATTACKS[name] = made
+        _ATTACKS.add(name, made, made.settings, module=function.__module__)
         return function
 
     return register
@@ -176,18 +169,7 @@ def attack(
 
 def attacks() -> Mapping[str, Attack]:
     """Return all attacks by name: those of this package and those that were loaded."""
-    _import_own()
-    return dict(sorted(_ATTACKS.items()))
-
-
-@cache
-def _import_own() -> None:
-    import vflair_flower.attacks as package
-
-    for folder in iter_modules(package.__path__, f"{package.__name__}."):
-        if folder.ispkg:
-            for module in iter_modules([str(Path(package.__path__[0]) / folder.name.rpartition(".")[2])]):
-                import_module(f"{folder.name}.{module.name}")
+    return _ATTACKS.all()
 
 
 def load_attacks(file: Path) -> tuple[str, ...]:
@@ -216,10 +198,7 @@ def load_attacks(file: Path) -> tuple[str, ...]:
 
 def find_attack(name: str) -> Attack:
     """Return an attack by name; raise ConfigurationError for an unknown one."""
-    known = attacks()
-    if name not in known:
-        raise ConfigurationError(f"the attack is {name!r}; known are {', '.join(known)}.")
-    return known[name]
+    return _ATTACKS.find(name)
 
 
 def run_attack(

@@ -13,9 +13,6 @@ Invariant: a defence is applied by the session (`vflair_flower.privacy.shield`),
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from functools import cache
-from importlib import import_module
-from pkgutil import iter_modules
 from typing import ClassVar, TypeVar
 
 import torch
@@ -23,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.named import Setting, check_defaults, read_name, read_settings, settings_of
+from vflair_flower.named import Registry, Setting, read_name, read_settings, settings_of
 from vflair_flower.partition import PartitionPlan
 from vflair_flower.partition.structure import Part
 from vflair_flower.privacy.secret import Noise, Secret
@@ -259,7 +256,7 @@ class DefenceKind:
         return settings_of(self.make)
 
 
-_DEFENCES: dict[str, DefenceKind] = {}
+_DEFENCES: Registry[DefenceKind] = Registry("defence", "vflair_flower.privacy.defences")
 
 
 def defence(
@@ -274,15 +271,9 @@ def defence(
     """
 
     def register(made: _DefenceT) -> _DefenceT:
-        before = _DEFENCES.get(name)
-        if before is not None and before.make.__module__ != made.__module__:
-            raise ConfigurationError(
-                f"two defences are called {name!r}, in {before.make.__module__} and {made.__module__}. Rename one."
-            )
         kind = DefenceKind(name=name, places=tuple(places), needs=needs, paper=paper, make=made)
-        check_defaults(kind.settings, of=f"defence {name!r}")
+        _DEFENCES.add(name, kind, kind.settings, module=made.__module__)
         made.about = kind
-        _DEFENCES[name] = kind
         return made
 
     return register
@@ -290,24 +281,12 @@ def defence(
 
 def defences() -> Mapping[str, DefenceKind]:
     """Return all defences by name: those of this package and those that were loaded."""
-    _import_own()
-    return dict(sorted(_DEFENCES.items()))
-
-
-@cache
-def _import_own() -> None:
-    import vflair_flower.privacy.defences as package
-
-    for module in iter_modules(package.__path__, f"{package.__name__}."):
-        import_module(module.name)
+    return _DEFENCES.all()
 
 
 def find_defence(name: str) -> DefenceKind:
     """Return a defence by name; raise ConfigurationError for an unknown one."""
-    known = defences()
-    if name not in known:
-        raise ConfigurationError(f"the defence is {name!r}; known are {', '.join(known)}.")
-    return known[name]
+    return _DEFENCES.find(name)
 
 
 def parse_defences(text: str) -> list[tuple[DefenceKind, dict[str, Setting], str]]:
