@@ -28,7 +28,7 @@ from vflair_flower.partition.structure import num_blocks
 from vflair_flower.privacy import Secret, Shield
 from vflair_flower.privacy.dpsgd import Accountant, PrivateTraining, StandIn
 from vflair_flower.remote import MODEL_PARTY, BodyMode, RemoteSegment, SegmentServer, agreement_for
-from vflair_flower.session import Hub, connect
+from vflair_flower.session import Hub
 from vflair_flower.settings import LoraSettings, TaskKind, TaskSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.tasks import Encoded, EncodedRow, collate
@@ -147,14 +147,7 @@ def _side(spec: SplitSpec, rows: list[Encoded], account: Path) -> Iterator[Side]
         hub.open_session([_PARTY], agreement, hosts={MODEL_PARTY: server}, deadline_s=_DEADLINE_S) as session,
     ):
         server.begin([_PARTY], server_round=1, training=True)
-        with connect(
-            hub.address,
-            session=session.id,
-            party=_PARTY,
-            ticket=session.tickets[_PARTY],
-            agreement=agreement,
-            deadline_s=_DEADLINE_S,
-        ) as link:
+        with hub.connect(session, _PARTY) as link:
             remote = RemoteSegment(link, spec, shield=Shield())
             private = None
             if spec.privacy is not None:

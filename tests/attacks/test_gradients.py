@@ -38,7 +38,7 @@ from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import MODEL_PARTY, BodyMode, RemoteSegment, SegmentServer, agreement_for
 from vflair_flower.remote.averaging import GradientAverager, average_gradients
 from vflair_flower.remote.protocol import AVERAGE, AVERAGER
-from vflair_flower.session import Hub, connect
+from vflair_flower.session import Hub
 from vflair_flower.session.header import Kind
 from vflair_flower.settings import LoraSettings, TaskKind, TaskSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
@@ -193,9 +193,8 @@ class TestVictim:
             hub.open_session(["a"], agreement, hosts=hosts, deadline_s=30.0, tap=look) as session,
         ):
             server.begin(["a"], server_round=1, training=True)
-            joined = {"session": session.id, "party": "a", "ticket": session.tickets["a"], "agreement": agreement}
             with (
-                connect(hub.address, deadline_s=30.0, **joined) as link,
+                hub.connect(session, "a") as link,
                 own.channel.joined(RemoteSegment(link, spec)),
             ):
                 own.model.train()(**batch.inputs).loss.backward()

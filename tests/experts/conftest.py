@@ -33,7 +33,7 @@ from vflair_flower.experts.loading import layers_and_placement
 from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.partition import ModelSource, resolve_model
 from vflair_flower.partition.sources import load_config
-from vflair_flower.session import Hub, connect
+from vflair_flower.session import Hub
 from vflair_flower.settings import (
     ExpertSettings,
     OptimizerSettings,
@@ -117,14 +117,7 @@ class House:
                 tune_experts(shard, by_name, self.spec, of=num_experts(config))
                 host = ExpertHost(shard, layers, own, self.spec, deadline_s=deadline_s)
                 host.begin(names, training=training)
-                link = connect(
-                    hub.address,
-                    session=session.id,
-                    party=name,
-                    ticket=session.tickets[name],
-                    agreement=agreement,
-                    deadline_s=deadline_s,
-                )
+                link = hub.connect(session, name)
                 stack.callback(link.abandon)
                 lead = handing = None
                 if hands_off(self.spec):

@@ -37,7 +37,7 @@ from vflair_flower.partition import PartitionPlan, resolve_model
 from vflair_flower.partition.sources import load_config
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import MODEL_PARTY, RemoteSegment, agreement_for
-from vflair_flower.session import Hub, Link, Request, connect
+from vflair_flower.session import Hub, Link, Request
 from vflair_flower.settings import ExpertSettings, LoraSettings, OptimizerSettings, TaskSettings, TrainingSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.strategies import CollaborativeMoE, HubSettings
@@ -70,8 +70,7 @@ def open_split(house: Any, count: int, *, deadline_s: float = DEADLINE_S) -> Ite
             shard = load_experts(source, dict(zip(layers, held, strict=True)), spec.task)
             host = ExpertHost(shard, layers, held, spec, deadline_s=deadline_s)
             host.begin(names, training=True)
-            shown = {"session": session.id, "party": name, "ticket": session.tickets[name], "agreement": agreement}
-            link = connect(hub.address, deadline_s=deadline_s, **shown)
+            link = hub.connect(session, name)
             stack.callback(link.abandon)
             link.serve(host)
             caller = ExpertCaller(link, host, placement, spec)

@@ -25,7 +25,7 @@ from vflair_flower.privacy import Policy, Secret, Shield
 from vflair_flower.privacy.opening import open_shield, prepare_defences
 from vflair_flower.remote import BodyMode, RemoteSegment, SegmentServer, agreement_for
 from vflair_flower.remote.protocol import MODEL_PARTY
-from vflair_flower.session import Hub, Link, Sighting, connect
+from vflair_flower.session import Hub, Link, Sighting
 from vflair_flower.settings import TaskKind, TaskSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.tasks import Batch, Encoded, collate, encode_task
@@ -120,16 +120,7 @@ def defended(
     ):
         server.begin([PARTY], server_round=1, training=training)
         with (
-            connect(
-                hub.address,
-                session=session.id,
-                party=PARTY,
-                ticket=session.tickets[PARTY],
-                agreement=agreement,
-                deadline_s=DEADLINE_S,
-                tap=tap,
-                guard=shield.guard,
-            ) as link,
+            hub.connect(session, PARTY, tap=tap, guard=shield.guard) as link,
             shield.watching(tuned, own.channel),
         ):
             remote = RemoteSegment(link, spec, shield=shield)

@@ -27,7 +27,7 @@ from vflair_flower.partition import Mode, ModelSource, PartitionPlan, Segment, S
 from vflair_flower.remote import MODEL_PARTY, BodyMode, RemoteSegment, SegmentServer, agreement_for
 from vflair_flower.remote.caches import PartyCaches
 from vflair_flower.remote.protocol import FORWARD
-from vflair_flower.session import Hub, HubSession, Link, connect
+from vflair_flower.session import Hub, HubSession, Link
 from vflair_flower.settings import GenerationSettings, TaskKind, TaskSettings
 from vflair_flower.spec import SplitSpec
 
@@ -141,14 +141,7 @@ def _room(
         room = Room(spec, server, session, source, whole)
         for party in parties:
             own = load_segment(source, spec.plan.data_party(BLOCKS), TASK)
-            link = connect(
-                hub.address,
-                session=session.id,
-                party=party,
-                ticket=session.tickets[party],
-                agreement=agreement,
-                deadline_s=20,
-            )
+            link = hub.connect(session, party)
             stack.callback(link.close)
             remote = RemoteSegment(link, spec)
             own.channel.call = remote

@@ -8,7 +8,7 @@ import torch
 
 from tests.session.helpers import AGREEMENT, NOT_A_HANG_S, double
 from vflair_flower.errors import ConfigurationError
-from vflair_flower.session import Hub, LinkEmulation, connect
+from vflair_flower.session import Hub, LinkEmulation
 from vflair_flower.session.outbox import Outbox
 
 
@@ -16,8 +16,7 @@ from vflair_flower.session.outbox import Outbox
 def test_a_call_between_parties_takes_two_delays(bind: str) -> None:
     with Hub(bind=bind, emulate=LinkEmulation(delay_s=0.1)) as hub:
         session = hub.open_session(["a", "b"], AGREEMENT, deadline_s=NOT_A_HANG_S)
-        here = {"session": session.id, "agreement": AGREEMENT, "deadline_s": NOT_A_HANG_S}
-        links = [connect(hub.address, party=name, ticket=session.tickets[name], **here) for name in ("a", "b")]
+        links = [hub.connect(session, name) for name in ("a", "b")]
         links[1].serve(double)
         started = time.monotonic()
         reply = links[0].call("b", "double", {"x": torch.ones(2, 2)})

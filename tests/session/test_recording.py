@@ -26,7 +26,6 @@ from vflair_flower.session import (
     Request,
     Sighting,
     TensorSpec,
-    connect,
     read_recording,
 )
 from vflair_flower.session import recording as module
@@ -114,15 +113,7 @@ class Session:
             if self.settings is not None:
                 self.own[party] = recorders_at_party(self.settings, party=party, **about)  # type: ignore[arg-type]
                 own = joint_tap(self.own[party])
-            self.links[party] = connect(
-                self.hub.address,
-                session=self.session.id,
-                party=party,
-                ticket=self.session.tickets[party],
-                agreement=AGREEMENT,
-                deadline_s=NOT_A_HANG_S,
-                tap=own,
-            )
+            self.links[party] = self.hub.connect(self.session, party, tap=own)
         self.links["b"].serve(host)
         if self.node:
             self.links[MODEL_PARTY].serve(body)

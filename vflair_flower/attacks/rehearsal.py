@@ -22,7 +22,7 @@ from vflair_flower.partition.structure import num_blocks
 from vflair_flower.privacy import Shield
 from vflair_flower.privacy.opening import open_shield, prepare_defences
 from vflair_flower.remote import MODEL_PARTY, BodyMode, RemoteSegment, SegmentServer, agreement_for
-from vflair_flower.session import Hub, Sighting, Tap, connect
+from vflair_flower.session import Hub, Sighting, Tap
 from vflair_flower.settings import GenerationSettings, one_of
 from vflair_flower.spec import SplitSpec
 from vflair_flower.tasks import (
@@ -149,15 +149,7 @@ def _parties(source: ModelSource, spec: SplitSpec, sightings: list[Sighting], *,
     ):
         server.begin([PARTY], server_round=1, training=training)
         with (
-            connect(
-                hub.address,
-                session=session.id,
-                party=PARTY,
-                ticket=session.tickets[PARTY],
-                agreement=agreement,
-                deadline_s=DEADLINE_S,
-                guard=shield.guard,
-            ) as link,
+            hub.connect(session, PARTY, guard=shield.guard) as link,
             shield.watching(own.model, own.channel),
         ):
             remote = RemoteSegment(link, spec, shield=shield)

@@ -19,7 +19,7 @@ from vflair_flower.partition.loading import task_class
 from vflair_flower.partition.sources import load_config, set_task
 from vflair_flower.partition.structure import num_blocks
 from vflair_flower.remote import MODEL_PARTY, BodyMode, RemoteSegment, SegmentServer, agreement_for
-from vflair_flower.session import Hub, connect
+from vflair_flower.session import Hub
 from vflair_flower.settings import GenerationSettings, OptimizerSettings, TaskKind, TaskSettings
 from vflair_flower.spec import SplitSpec
 
@@ -96,14 +96,7 @@ def open_parties(
     hosts = {MODEL_PARTY: server}
     with Hub(bind="inproc") as hub, hub.open_session([PARTY], agreement, hosts=hosts, deadline_s=DEADLINE_S) as session:
         server.begin([PARTY], server_round=1, training=True)
-        link = connect(
-            hub.address,
-            session=session.id,
-            party=PARTY,
-            ticket=session.tickets[PARTY],
-            agreement=agreement,
-            deadline_s=DEADLINE_S,
-        )
+        link = hub.connect(session, PARTY)
         with link:
             remote = RemoteSegment(link, spec)
             for model in (whole, own.model):

@@ -14,9 +14,11 @@ from typing import Self
 from vflair_flower.errors import ConfigurationError
 from vflair_flower.session.agreement import Agreement
 from vflair_flower.session.calls import HUB, Handler
+from vflair_flower.session.desk import Guard
 from vflair_flower.session.emulation import LinkEmulation
 from vflair_flower.session.grpc_plane import GrpcPlane, TlsServerFiles, host_of, is_loopback
 from vflair_flower.session.hub_session import HubSession
+from vflair_flower.session.link import Link, connect
 from vflair_flower.session.seat import HubSeat, refusal
 from vflair_flower.session.sighting import Tap
 from vflair_flower.session.transport import INPROC, Hello, InprocPlane, Plane
@@ -50,14 +52,13 @@ class Hub:
     Examples
     --------
     >>> import torch
-    >>> from vflair_flower.session import OperationSpec, Reply, TensorSpec, connect
+    >>> from vflair_flower.session import OperationSpec, Reply, TensorSpec
     >>> x = TensorSpec("x", (torch.float32,), (4,))
     >>> agreement = Agreement({"double": OperationSpec((x,), (x,))})
     >>> with Hub(bind="inproc") as hub:
     ...     hosts = {"body": lambda request: Reply({"x": 2 * request.tensors["x"]})}
     ...     with hub.open_session(["a"], agreement, hosts=hosts, deadline_s=10) as session:
-    ...         with connect(hub.address, session=session.id, party="a", ticket=session.tickets["a"],
-    ...                      agreement=agreement, deadline_s=10) as link:
+    ...         with hub.connect(session, "a") as link:
     ...             print(link.call("body", "double", {"x": torch.ones(2)}).tensors["x"])
     tensor([2., 2.])
     """
@@ -194,6 +195,29 @@ class Hub:
             )
             self._sessions[session.id] = session
         return session
+
+    def connect(self, session: HubSession, party: str, *, tap: Tap | None = None, guard: Guard | None = None) -> Link:
+        """Join a session as a party in the hub's own process, as simulations and rehearsals do; see `connect`.
+
+        Parameters
+        ----------
+        session : HubSession
+            Open at this hub; its deadline is the link's.
+        party : str
+            Which has not joined yet.
+        tap, guard
+            As of `vflair_flower.session.connect`.
+        """
+        return connect(
+            self.address,
+            session=session.id,
+            party=party,
+            ticket=session.tickets[party],
+            agreement=session.agreement,
+            deadline_s=session.deadline_s,
+            tap=tap,
+            guard=guard,
+        )
 
     def __enter__(self) -> Self:
         self.start()

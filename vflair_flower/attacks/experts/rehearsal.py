@@ -30,7 +30,7 @@ from vflair_flower.experts.routing import route_locally
 from vflair_flower.experts.token_routing import PrivateTokens
 from vflair_flower.partition import ModelSource, make_trainable
 from vflair_flower.partition.sources import load_config
-from vflair_flower.session import Agreement, Hub, Sighting, connect
+from vflair_flower.session import Agreement, Hub, Sighting
 from vflair_flower.spec import SplitSpec
 from vflair_flower.tasks import (
     IGNORED,
@@ -205,14 +205,7 @@ def _open(
             shard = load_experts(source, dict(zip(layers, own, strict=True)), spec.task, weights=spec.weights)
             host = ExpertHost(shard, layers, own, spec, deadline_s=DEADLINE_S)
             host.begin([owner], training=training)
-            link = connect(
-                hub.address,
-                session=session.id,
-                party=name,
-                ticket=session.tickets[name],
-                agreement=agreement,
-                deadline_s=DEADLINE_S,
-            )
+            link = hub.connect(session, name)
             stack.enter_context(link).serve(host)
             if name == owner:
                 caller = _WatchedCaller(link, host, placement, spec)
