@@ -1,6 +1,8 @@
 """`vflair advise`: from what a company has and accepts to a job file, with the evidence."""
 
+import json
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -65,7 +67,7 @@ def _own_results() -> list[Path]:
 
 
 def _measured(company: "Company", found: "list[Candidate]", defences: str) -> "list[Evidence]":
-    """Run a small matrix at the cheapest cuts that fit, and read what it gave."""
+    """Run a small matrix at the cheapest cuts that fit, and read what it gave; the run stays in ``runs``."""
     from vflair_flower.advise import read_evidence
     from vflair_flower.benchmark.page import RESULTS
 
@@ -76,22 +78,20 @@ def _measured(company: "Company", found: "list[Candidate]", defences: str) -> "l
             "memory, a faster link, or more time per step."
         )
     cuts = list({(one.plan.mode, one.plan.head_blocks): one for one in reversed(fit)}.values())[-_MEASURED_CUTS:]
+    runs, run_id = Path.cwd() / "runs", f"advise-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     with tempfile.TemporaryDirectory(prefix="vflair-advise-") as folder:
         matrix = Path(folder) / "measure.toml"
         matrix.write_text(_matrix(company, cuts, defences))
-        keys = {"job": "bench", "bench-matrix": str(matrix), "runs": folder, "run-id": "measure"}
-        if run_job(keys):
+        if run_job({"job": "bench", "bench-matrix": str(matrix), "runs": str(runs), "run-id": run_id}):
             raise ConfigurationError("measuring failed; what went wrong stands above. Correct the company's data.")
-        return read_evidence([Path(folder) / "measure" / RESULTS])
+    return read_evidence([runs / run_id / RESULTS])
 
 
 def _matrix(company: "Company", cuts: "list[Candidate]", defences: str) -> str:
     """Return a matrix of cuts and defences, one seed, few rows."""
-    import json
-
     lines = ["seeds = [0]", 'attacks = "vmi:steps=40,choices=1 sip norm-scoring direction-scoring"', "audit-rows = 16"]
-    for place, one in enumerate(cuts):
-        lines += ["", "[[settings]]", f'name = "{place}"']
+    for one in cuts:
+        lines += ["", "[[settings]]", f"name = {json.dumps(one.cut)}"]
         job = one.to_job(company, "")
         lines += [f"{key} = {json.dumps(value)}" for key, value in job.items() if key != "defences"]
         lines += [f"{key} = {value}" for key, value in _SHORT.items()]

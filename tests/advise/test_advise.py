@@ -135,6 +135,26 @@ def test_the_command_writes_a_job_that_runs(tmp_path, tiny_bert, easy_rows, resu
     assert (tmp_path / "runs" / "job" / "result.json").is_file()
 
 
+@pytest.mark.slow
+def test_what_is_measured_for_a_company_is_its_evidence_and_stays(tmp_path, tiny_bert, easy_rows, monkeypatch):
+    described = tmp_path / "clinic.toml"
+    described.write_text(
+        f'model = "{tiny_bert}"\nclasses = 3\ndata = "{easy_rows}"\nparties = 2\nmemory_gb = 1.0\nlink_mbit = 100.0\n'
+        "delay_ms = 5.0\nmax_tokens = 16\n"
+    )
+    (tmp_path / "nothing.jsonl").write_text("")
+    monkeypatch.chdir(tmp_path)
+    asked = ["advise", str(described), "--results", "nothing.jsonl", "--measure", "none quantize:bits=4"]
+    said = CliRunner().invoke(app, asked)
+    assert said.exit_code == 0, said.output
+    assert "measured on 1 seed of" in said.output
+    (kept,) = (tmp_path / "runs").glob("advise-*/results.jsonl")
+    found = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert {one["defences"] for one in found} == {"", "quantize:bits=4"}
+    assert len({one["setting"] for one in found}) == 2
+    assert str(kept) in said.output.replace("\n", "")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -12,6 +12,7 @@ from vflair_flower.errors import ConfigurationError, ModelError, PartitionError
 from vflair_flower.partition import Mode, ModelSource, PartitionPlan, load_config
 from vflair_flower.partition.footprint import Footprint, Share, footprint
 from vflair_flower.partition.structure import hidden_size, num_blocks
+from vflair_flower.report.numbers import counted
 from vflair_flower.settings import LoraSettings, TaskKind, TaskSettings, TrainingSettings, WeightSettings
 from vflair_flower.spec import WIRE_DTYPES, SplitSpec
 
@@ -54,14 +55,17 @@ class Candidate:
     step_seconds: float
 
     @property
+    def cut(self) -> str:
+        """The cut in words."""
+        behind = f", {self.plan.tail_blocks} behind" if self.plan.mode is Mode.HBT else ""
+        return f"{self.plan.mode.value}, {counted(self.plan.head_blocks, 'block')} before the cut{behind}"
+
+    @property
     def name(self) -> str:
         """In words."""
-        blocks = f"{self.plan.head_blocks} blocks before the cut"
-        if self.plan.mode is Mode.HBT:
-            blocks += f", {self.plan.tail_blocks} behind"
         tuned = {"all": "all parameters", "lora": f"LoRA of rank {_LORA_RANK}"}[self.tuning]
         weights = "" if self.quantization == "none" else f", frozen weights in {self.quantization}"
-        return f"{self.plan.mode.value}, {blocks}; {tuned}{weights}; {self.wire_dtype} on the wire"
+        return f"{self.cut}; {tuned}{weights}; {self.wire_dtype} on the wire"
 
     def unfit(self, company: Company) -> str:
         """Say which of the company's means it exceeds; empty for none."""
