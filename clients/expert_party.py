@@ -11,19 +11,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor, nn
 
 from vflair_flower.certificate import load_admitted_config
-from vflair_flower.clients.data_party import DataParty, PartyRows
+from vflair_flower.clients.data_party import ACCOUNT, DataParty, PartyRows
 from vflair_flower.clients.generation import TextGeneration, generate_texts
 from vflair_flower.clients.handover import MODELS, Consent, hand_over
 from vflair_flower.clients.recording import PartyRecording, Record, party_recording, recording_of
 from vflair_flower.clients.segment import DataSegment
-from vflair_flower.clients.session import PartySession, connect_to
+from vflair_flower.clients.session import PartySession, connect_to, open_private
 from vflair_flower.clients.store import PartyStore
 from vflair_flower.control import HAND_OVER, PartRequest, RoundReport, SessionOffer
 from vflair_flower.errors import CheckpointError, ConfigurationError
@@ -47,6 +47,7 @@ from vflair_flower.experts.body import BodyLink, StepsOfBoth
 from vflair_flower.experts.handoff import hands_off
 from vflair_flower.experts.leads import Lead
 from vflair_flower.experts.loading import layers_and_placement, own_segment
+from vflair_flower.experts.private import PrivateExperts, StandInExperts
 from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.memory import MemoryParts
 from vflair_flower.partition import (
@@ -57,12 +58,17 @@ from vflair_flower.partition import (
     resolve_model,
     trained_state,
 )
+from vflair_flower.privacy import Secret, Shield
+from vflair_flower.privacy.learnt import SECRET
 from vflair_flower.remote import RemoteSegment, parameter_counts
 from vflair_flower.remote.protocol import FINISH
 from vflair_flower.remote.segment import StepCalls
 from vflair_flower.session import Link, RecordingSettings
 from vflair_flower.spec import SplitSpec
 from vflair_flower.tasks import encode_task
+
+if TYPE_CHECKING:
+    from vflair_flower.privacy.dpsgd import PrivateTraining
 
 _WAIT_FOR_OTHERS = 10.0
 """How many deadlines a party that is done serves the others."""
@@ -89,9 +95,12 @@ class ExpertSession(PartySession):
         lost_hosts: dict[str, str],
         lead: Lead | None = None,
         recording: PartyRecording | None = None,
+        privacy: "PrivateTraining | None" = None,
+        channel: ExpertChannel | None = None,
     ) -> None:
-        super().__init__(message, own, link, calls, recording)
+        super().__init__(message, own, link, calls, recording, privacy=privacy)
         self.host = host
+        self._channel = channel
         self.lost_hosts = lost_hosts
         self._lead = lead
 
@@ -123,6 +132,10 @@ class ExpertSession(PartySession):
         if self.training and balances_jointly(self.spec):
             self._link.call(BALANCER, FINISH, {})
         super().finish()
+
+    def _calling_nobody(self) -> AbstractContextManager[None]:
+        assert self._channel is not None
+        return self._channel.joined(StandInExperts())
 
     def _shared_state(self) -> dict[str, Tensor]:
         return {} if self.spec.averaging == "none" else super()._shared_state()
@@ -182,6 +195,7 @@ class ExpertParty(DataParty):
         return generate_texts(message, context, self._generation, session, prompts_needed=False)
 
     def _session(self, message: Message, context: Context) -> AbstractContextManager[ExpertSession]:
+        store = self._store(message, context)
         return expert_session(
             message,
             context,
@@ -189,6 +203,8 @@ class ExpertParty(DataParty):
             base_dir=self._base(context),
             record=recording_of(self._record, context),
             private_tokens=self._private_tokens(message, context),
+            secret=Secret.kept(store.folder / SECRET),
+            account=store.folder / ACCOUNT,
         )
 
     def _private_tokens(self, message: Message, context: Context) -> PrivateTokens | None:
@@ -221,6 +237,8 @@ def expert_session(
     base_dir: Path | None = None,
     record: RecordingSettings | None = None,
     private_tokens: PrivateTokens | None = None,
+    secret: Secret | None = None,
+    account: Path | None = None,
 ) -> Iterator[ExpertSession]:
     """Open the session that a train or evaluate message invites to, and serve this party's experts in it.
 
@@ -241,6 +259,8 @@ def expert_session(
         (docs/recording.md); None writes nothing.
     private_tokens : callable, optional
         As of `ExpertParty`; needed where the job has a `private_share` (`vflair_flower.experts.rare_tokens`).
+    secret, account
+        As of `split_session`: under DP-SGD, this party's own secret, and the file of what its rows have cost.
 
     Yields
     ------
@@ -284,6 +304,7 @@ def expert_session(
         lead = Lead(loaded, model, channel, host, placement, spec, party=offer.party, waiting=waiting)
     host.begin(offer.parties, training=offer.training)
     own = DataSegment(spec=spec, source=source, loaded=loaded, model=model)
+    private = _open_private(own, offer, placement, account, secret)
     with (
         party_recording(record, offer, model) as recording,
         connect_to(offer, recording.tap) as link,
@@ -292,16 +313,21 @@ def expert_session(
         link.on_lost(lambda party, _reason: (lead or host).leave(party, lost=True))
         link.serve(lead or host)
         caller = ExpertCaller(link, host, placement, spec)
+        caller.privacy = private
         caller.watch = None if recording.truth is None else recording.truth.sent
         body = RemoteSegment(BodyLink(link), spec)
         try:
             assert spec.experts is not None
             routing = route_locally(model, spec.experts, placement, offer.party, private_tokens)
             exchange = exchange_over(link) if offer.training and balances_jointly(spec) else None
-            joined = channel.joined(caller), loaded.channel.joined(body)
-            with joined[0], joined[1], routing, load_balance(model, spec, exchange):
+            with (
+                channel.joined(caller),
+                loaded.channel.joined(body),
+                routing,
+                load_balance(model, spec, exchange),
+            ):
                 calls: StepCalls = caller if loaded.segment.is_whole else StepsOfBoth(caller, body)
-                session = ExpertSession(message, own, link, calls, host, caller.lost, lead, recording)
+                session = ExpertSession(message, own, link, calls, host, caller.lost, lead, recording, private, channel)
                 yield session
                 session.finish()
             host.wait_for_owners(_WAIT_FOR_OTHERS * offer.deadline_s)
@@ -312,6 +338,17 @@ def expert_session(
         if lead is not None:
             kept["waiting"] = lead.state()
         store.save(offer.server_round, kept)
+
+
+def _open_private(
+    own: DataSegment, offer: SessionOffer, placement: Placement, account: Path | None, secret: Secret | None
+) -> "PrivateTraining | None":
+    spec = own.spec
+    if spec.privacy is None or spec.experts is None or not offer.training:
+        return None
+    hosts = len(placement.called) if spec.experts.trained == "all" else 0
+    occasion = f"round {offer.server_round}" if spec.defence_seed else offer.session
+    return open_private(own, Shield(), account, occasion, secret, offer.party, hosts)
 
 
 def _leading(lead: Lead | None, link: Link, offer: SessionOffer) -> AbstractContextManager[object]:
@@ -342,7 +379,10 @@ def _host(source: ModelSource, spec: SplitSpec, offer: SessionOffer) -> tuple[Ex
     by_name = dict(zip(names, own, strict=True))
     module = load_experts(source, by_name, spec.task, weights=spec.weights)
     tune_experts(module, by_name, spec, of=num_experts(config))
-    return ExpertHost(module, names, own, spec, deadline_s=offer.deadline_s), placement
+    private = None
+    if offer.training:
+        private = PrivateExperts.of(spec, placement, offer.party, server_round=offer.server_round)
+    return ExpertHost(module, names, own, spec, deadline_s=offer.deadline_s, private=private), placement
 
 
 def _source(spec: SplitSpec, context: Context, base_dir: Path | None) -> ModelSource:

@@ -15,7 +15,7 @@ Leaving the block with an exception tells the hub at once; leaving it well says 
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -222,25 +222,22 @@ class PartySession:
         """
         if self.privacy is None:
             return
-        from vflair_flower.privacy.dpsgd.standin import StandIn
-
         kind = self.spec.task.kind
 
         def loss_of(rows: Sequence[Encoded]) -> torch.Tensor:
             batch = collate(list(rows), pad_token_id=self.pad_token_id)
-            with self.shield.resting(), self._own.channel.joined(StandIn(self.spec, self._own.loaded.model.config)):
+            with self.shield.resting(), self._calling_nobody():
                 return losses_per_row(self.model(**batch.inputs), batch.inputs, kind)
 
-        call = self._own.channel.call
-        try:
-            self.privacy.begin(
-                encoded,
-                batch_size=self.spec.training.batch_size,
-                total_steps=self.total_steps,
-                loss_of=loss_of,
-            )
-        finally:
-            self._own.channel.call = call
+        self.privacy.begin(
+            encoded, batch_size=self.spec.training.batch_size, total_steps=self.total_steps, loss_of=loss_of
+        )
+
+    def _calling_nobody(self) -> AbstractContextManager[None]:
+        """Let something of the right shape stand in for other parties' parts of the model inside a block."""
+        from vflair_flower.privacy.dpsgd.standin import StandIn
+
+        return self._own.channel.joined(StandIn(self.spec, self._own.loaded.model.config))
 
     def memory(self) -> MemoryParts:
         """Return the peak memory of this party's segment, by part."""
@@ -355,7 +352,7 @@ def split_session(
     shield.train(offer.training)
     private = None
     if own.spec.privacy is not None and offer.training:
-        private = _open_private(own, shield, account, occasion, secret, offer.party)
+        private = open_private(own, shield, account, occasion, secret, offer.party)
     with (
         party_recording(record, offer, own.model) as recording,
         shield.watching(own.model, own.channel),
@@ -371,9 +368,16 @@ def split_session(
             session.finish()
 
 
-def _open_private(
-    own: DataSegment, shield: Shield, account: Path | None, occasion: str, secret: Secret | None, party: str
+def open_private(
+    own: DataSegment,
+    shield: Shield,
+    account: Path | None,
+    occasion: str,
+    secret: Secret | None,
+    party: str,
+    hosts: int = 0,
 ) -> "PrivateTraining":
+    """Return a party's DP-SGD in a training session; `hosts` says how many others train experts, where they do."""
     from vflair_flower.privacy.dpsgd import Accountant, refuse_shield
     from vflair_flower.privacy.dpsgd import PrivateTraining as Private
 
@@ -382,7 +386,7 @@ def _open_private(
     if account is None:
         raise ConfigurationError(
             "the job trains by DP-SGD, and there is no file for the account of what this party's rows cost: every "
-            "session would begin at nothing. Give split_session an account, the same path in all sessions of the job."
+            "session would begin at nothing. Give the session an account, the same path in all sessions of the job."
         )
     refuse_shield(shield)
     repeatable = Secret.repeatable(spec.defence_seed, party) if spec.defence_seed else None
@@ -392,8 +396,9 @@ def _open_private(
         accountant=Accountant(spec.privacy, account),
         secret=repeatable or secret or Secret.fresh(),
         occasion=occasion,
-        body_trained=spec.scope == "full",
+        body_trained=spec.scope == "full" if spec.experts is None else hosts > 0,
         repeatable=repeatable is not None,
+        bodies=max(hosts, 1),
     )
 
 

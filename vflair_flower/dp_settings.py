@@ -74,7 +74,7 @@ class DpSettings:
         """The bound of a row's gradient of the model party's segment."""
         return self.body_max_grad_norm or self.max_grad_norm
 
-    def split(self, noise_multiplier: float, *, body_trained: bool) -> tuple[float, float]:
+    def split(self, noise_multiplier: float, *, body_trained: bool, bodies: int = 1) -> tuple[float, float]:
         """Return the noise multipliers of the data party's and of the model party's segment.
 
         Parameters
@@ -83,10 +83,13 @@ class DpSettings:
             Of both together.
         body_trained : bool
             Whether the model party's segment is trained; if not, its noise is 0.
+        bodies : int
+            How many parties hold a part of it, each with noise of its own; the second number is that of each.
         """
         if not body_trained:
             return noise_multiplier, 0.0
-        return noise_multiplier / math.sqrt(1.0 - self.body_share), noise_multiplier / math.sqrt(self.body_share)
+        own, body = 1.0 - self.body_share, self.body_share / bodies
+        return noise_multiplier / math.sqrt(own), noise_multiplier / math.sqrt(body)
 
 
 def joint_multiplier(*multipliers: float) -> float:

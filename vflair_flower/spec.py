@@ -153,7 +153,7 @@ class SplitSpec:
                 "gradient_checkpointing is on, and blocks that are computed again would leave their rows' gradients "
                 "twice. Switch it off, and set micro_batch_size to save memory",
             ),
-            (self.experts is not None, "experts are spread over parties, where tokens have lost their rows"),
+            *self._wrong_of_experts(),
             (
                 method == "adalora",
                 "the LoRA method is 'adalora', which chooses ranks by gradients without noise. Use 'lora'",
@@ -175,6 +175,26 @@ class SplitSpec:
         for is_wrong, said in wrong:
             if is_wrong:
                 raise ConfigurationError(f"privacy is set (DP-SGD), and {said}.")
+
+    def _wrong_of_experts(self) -> list[tuple[bool, str]]:
+        """Return what of the experts' settings lets hosts learn from rows other than by clipped sums with noise."""
+        if self.experts is None:
+            return []
+        needed: dict[str, object] = {
+            "backbone": "party",
+            "semantics": "return",
+            "replicas": 1,
+            "on_host_lost": "fail",
+            "balance_coefficient": 0.0,
+            "opted_out": (),
+        }
+        return [
+            (
+                getattr(self.experts, name) != value,
+                f"{name} of the experts is {getattr(self.experts, name)!r}. Set it to {value!r}",
+            )
+            for name, value in needed.items()
+        ]
 
     def to_json(self) -> str:
         """Return the specification as JSON text."""

@@ -6,7 +6,7 @@ Invariants: a call ends at the latest at the link's deadline; an answer that com
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -18,8 +18,17 @@ from vflair_flower.experts.padding import Room, filled, rooms
 from vflair_flower.experts.placement import Placement
 from vflair_flower.experts.protocol import INDEX_DTYPE, Codec
 from vflair_flower.remote.protocol import BACKWARD, FINISH, FORWARD, STEP
+from vflair_flower.remote.segment import StepPrivacy
 from vflair_flower.session import Caller, Handler, Reply, Request
 from vflair_flower.spec import SplitSpec
+
+
+class ExpertPrivacy(StepPrivacy, Protocol):
+    """An owner's side of DP-SGD, as its calls need it (`vflair_flower.privacy.dpsgd.PrivateTraining`)."""
+
+    @property
+    def pass_rows(self) -> int:
+        """How many rows the newest forward pass has."""
 
 
 class ExpertCaller:
@@ -46,6 +55,8 @@ class ExpertCaller:
         """Tokens, padding counted, that went through the model so far."""
         self.lost: dict[str, str] = {}
         """Hosts that did not answer well, and what was seen; they are not asked again."""
+        self.privacy: ExpertPrivacy | None = None
+        """This owner's DP-SGD: says which rows a pass has, and what a step asks of the hosts."""
         self.watch: Callable[[int, Portion], None] | None = None
         """Told the number and the portion of every forward call before it leaves."""
         self._link, self._own, self._placement = link, own, placement
@@ -80,15 +91,20 @@ class ExpertCaller:
             if not bool(asked_RC.any()):
                 break
             portions = self._portions(layer, copies_RC, asked_RC, expert_R, token_R)
-            for answer in self._run(portions, rows_RD, weight_R, keep=keep):
+            columns = 0
+            if keep and self.privacy is not None:
+                columns = (int(token_R.max()) + 1) // self.privacy.pass_rows
+            for answer in self._run(portions, rows_RD, weight_R, keep=keep, columns=columns):
                 answers.append(answer)
                 if answer.output is not None:
                     waiting_R[answer.portion.rows_N] = False
         self._refuse_lost(layer, expert_R[waiting_R])
         return answers
 
-    def _run(self, portions: Sequence[Portion], rows_RD: Tensor, weight_R: Tensor, *, keep: bool) -> list[Answer]:
-        """Have each host run its portion."""
+    def _run(
+        self, portions: Sequence[Portion], rows_RD: Tensor, weight_R: Tensor, *, keep: bool, columns: int
+    ) -> list[Answer]:
+        """Have each host run its portion; with `columns`, the length of rows, it is told which row a token is of."""
         asked: dict[str, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         for portion in portions:
             self._calls += 1
@@ -99,6 +115,8 @@ class ExpertCaller:
             }
             if self.combine == "host":
                 tensors["weight"] = weight_R[portion.rows_N].to("cpu", torch.float32)
+            if columns:
+                tensors["text"] = (portion.tokens_U // columns).to(INDEX_DTYPE)
             meta = {"layer": portion.layer, "call": self._calls, "keep": keep}
             asked[portion.host] = (filled(tensors, portion.room), meta)
             if self.watch is not None:
@@ -152,7 +170,12 @@ class ExpertCaller:
                 "Run the forward and backward pass of a batch before every optimiser step."
             )
         meta: dict[str, Any] = {"rows": self.rows_since_step, "step": step, "total_steps": total_steps}
+        if self.privacy is not None:
+            meta |= self.privacy.request()
         replies = self._ask(STEP, {host: ({}, meta) for host in self._placement.called})
+        if self.privacy is not None:  # the least of the hosts' noise: none may have left it out
+            told = [0.0 if reply is None else float(reply.meta.get("noise") or 0.0) for reply in replies.values()]
+            self.privacy.confirm({"noise": min(told)})
         for layer, copies_EC in enumerate(self._preferred):
             self._refuse_lost(layer, torch.nonzero(~self._alive()[copies_EC].any(-1)).flatten())
         if self._placement.replicas > 1:

@@ -108,12 +108,12 @@ class ExpertChannel:
 
     @contextmanager
     def joined(self, calls: ExpertCalls) -> Iterator[None]:
-        """Let the layers call hosts inside the block."""
-        self.calls = calls
+        """Let the layers call hosts inside the block; afterwards what they called before."""
+        before, self.calls = self.calls, calls
         try:
             yield
         finally:
-            self.calls = None
+            self.calls = before
 
 
 class RemoteExperts(nn.Module):

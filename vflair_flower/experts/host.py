@@ -19,11 +19,12 @@ from vflair_flower.experts.adapters import ExpertLora
 from vflair_flower.experts.behalf import on_behalf
 from vflair_flower.experts.modules import expert_modules, run_experts
 from vflair_flower.experts.padding import Room, emptied, filled, opened
+from vflair_flower.experts.private import PrivateExperts, check_texts
 from vflair_flower.experts.protocol import Codec
 from vflair_flower.memory import MemoryParts, count_kept, tensor_bytes
 from vflair_flower.remote.protocol import BACKWARD, FINISH, FORWARD, STEP
 from vflair_flower.remote.refusals import not_open, not_training
-from vflair_flower.remote.updates import UPDATES, BodyMode, StepRequest
+from vflair_flower.remote.updates import UPDATES, BodyMode, Gradients, StepRequest
 from vflair_flower.session import Reply, Request
 from vflair_flower.spec import SplitSpec
 
@@ -47,6 +48,8 @@ class _Call:
     grad: Tensor | None = None
     """What the owner sent back, [U, D], and its weights, [R], where it combines."""
     back_weight_R: Tensor | None = None
+    text_U: Tensor | None = None
+    """Under DP-SGD, to which of the owner's rows each token belongs."""
     inside_bytes: int = 0
     """What autograd keeps between `entered` and `output`."""
 
@@ -56,6 +59,27 @@ class _Call:
         held = (self.hidden_UD, self.row_R, self.expert_R, self.weight_R, self.output, self.grad)
         inside = 0 if self.output is None else self.inside_bytes
         return inside + tensor_bytes(tensor for tensor in held if tensor is not None)
+
+    def part(self, own_U: Tensor) -> tuple["_Call", Tensor]:
+        """Return the call of some of its tokens alone, in training, and which of its rows that has, [N]."""
+        assert self.grad is not None
+        place_U = torch.full((len(self.hidden_UD),), -1)
+        place_U[own_U] = torch.arange(len(own_U))
+        own_N = torch.nonzero(place_U[self.row_R] >= 0).flatten()
+
+        def of_rows(weights: Tensor | None) -> Tensor | None:
+            return None if weights is None else weights.detach()[own_N].clone()
+
+        call = _Call(
+            hidden_UD=self.hidden_UD[own_U],
+            row_R=place_U[self.row_R[own_N]],
+            expert_R=self.expert_R[own_N],
+            weight_R=of_rows(self.weight_R),
+            layer=self.layer,
+            grad=self.grad[own_U],
+            back_weight_R=of_rows(self.back_weight_R),
+        )
+        return call, own_N
 
     def row_grad(self) -> Tensor:
         """Return the gradient of `output`."""
@@ -80,6 +104,8 @@ class ExpertHost:
         The job.
     deadline_s : float
         Longest wait of one owner for another, in seconds.
+    private : PrivateExperts, optional
+        Where the job trains by DP-SGD: clips and adds noise.
     """
 
     def __init__(
@@ -90,6 +116,7 @@ class ExpertHost:
         spec: SplitSpec,
         *,
         deadline_s: float,
+        private: PrivateExperts | None = None,
     ) -> None:
         assert spec.experts is not None
         self.spec = spec
@@ -105,7 +132,11 @@ class ExpertHost:
         self._dtype = spec.weights.torch_dtype
         # LoRA makes new matrices for each call, and autograd would keep a layer's experts once more for each.
         self._adapted = any(isinstance(inner, ExpertLora) for inner in module.modules())
-        self._recompute = spec.training.gradient_checkpointing or self._adapted
+        # Under DP-SGD each row's tokens are run again by themselves.
+        self._recompute = spec.training.gradient_checkpointing or self._adapted or private is not None
+        self._private = private
+        if private is not None:
+            self._update.noise = private.noise
         self._deadline_s = deadline_s
         self._changed = threading.Condition()
         self._kept: dict[tuple[str, int], _Call] = {}
@@ -215,7 +246,8 @@ class ExpertHost:
         A copy would double what a host needs.
         """
         trained = {name: p.detach().cpu() for name, p in self._update.parameters.items()}
-        return {"trained": trained, "update": self._update.state(copied=False)}
+        state: dict[str, object] = {"trained": trained, "update": self._update.state(copied=False)}
+        return state if self._private is None else {**state, "privacy": self._private.noise.state()}
 
     def load_state(self, state: Mapping[str, object]) -> None:
         """Put back what `state` returned; the caller gives it away."""
@@ -224,12 +256,16 @@ class ExpertHost:
             for name, tensor in trained.items():
                 self._update.parameters[name].copy_(tensor)
         self._update.load_state(state["update"], copied=False)  # type: ignore[arg-type]
+        if self._private is not None:
+            self._private.noise.load_state(state.get("privacy"))  # type: ignore[arg-type]
 
     def _forward(self, request: Request) -> Reply:
         call = self._read(request)
         keep = bool(request.meta["keep"])
         if keep and not self._training:
             raise not_training(request.source)
+        if keep and self._private is not None:
+            check_texts(call.text_U, len(call.hidden_UD), source=request.source)
         if keep:
             self._update.before_forward(request.source)
         remember = keep and not self._recompute
@@ -276,7 +312,15 @@ class ExpertHost:
                 f"combines at the {self.spec.experts.combine}."
             )
         weights = None if weight_R is None else weight_R.to(self._dtype).clone()
-        return _Call(hidden_UD=hidden_UD, row_R=row_R, expert_R=place_R, weight_R=weights, layer=layer, room=room)
+        return _Call(
+            hidden_UD=hidden_UD,
+            row_R=row_R,
+            expert_R=place_R,
+            weight_R=weights,
+            layer=layer,
+            room=room,
+            text_U=tensors.get("text"),
+        )
 
     def _run(self, call: _Call) -> tuple[Tensor, Tensor]:
         """Return what the gradient is wanted of, rows or (where this host combines) tokens, and the answer."""
@@ -314,6 +358,8 @@ class ExpertHost:
             nothing = {} if call.weight_R is None else {"weight_grad": call.weight_R.detach().float()}
             return Reply({**self._filled("grad", grad, call), **filled(nothing, call.room)})
         call.grad, call.back_weight_R = grad, None if weight_R is None else weight_R.to(self._dtype)
+        if self._private is not None:
+            return self._backward_privately(request.source, call, self._private)
         with torch.enable_grad():
             if call.output is None:
                 call.entered, call.output = self._run(call)
@@ -333,6 +379,32 @@ class ExpertHost:
         if weights:
             back |= filled({"weight_grad": found[1].float()}, call.room)
         return Reply(back)
+
+    def _backward_privately(self, owner: str, call: _Call, private: PrivateExperts) -> Reply:
+        """Differentiate a call row by row of the owner's texts, and keep the clipped sum for the step."""
+        assert call.grad is not None
+        assert call.text_U is not None
+        parameters = self._update.parameters
+        by_row = call.weight_R is None
+        back_XD = torch.zeros_like(call.grad[call.row_R] if by_row else call.grad)
+        weight_grad_R = torch.zeros(len(call.row_R))
+
+        def row_pass(own_U: Tensor) -> Gradients:
+            part, own_N = call.part(own_U)
+            with torch.enable_grad():
+                entered, output = self._run(part)
+            weights = () if part.weight_R is None else (part.weight_R,)
+            wanted = [entered, *weights, *parameters.values()]
+            found = torch.autograd.grad(output, wanted, part.row_grad(), allow_unused=True)
+            back_XD[own_N if by_row else own_U] = found[0]
+            if weights:
+                weight_grad_R[own_N] = found[1].float()
+            own = zip(parameters, found[1 + len(weights) :], strict=True)
+            return {name: gradient for name, gradient in own if gradient is not None}
+
+        self._update.add_gradients(owner, private.gradients(call.text_U, row_pass))
+        back = self._filled("grad", back_XD, call)
+        return Reply(back if by_row else back | filled({"weight_grad": weight_grad_R}, call.room))
 
     def _training_together(self) -> bool:
         """Whether other owners' gradients will be in the same step, and too large to keep one for each."""
@@ -382,13 +454,14 @@ class ExpertHost:
             for key in [key for key in self._kept if key[0] == request.source]:
                 del self._kept[key]
         step, total = int(request.meta["step"]), int(request.meta["total_steps"])
-        self._update.step(request.source, StepRequest(rows=rows, step=step, total_steps=total))
+        asked = {} if self._private is None else self._private.asked(request)
+        self._update.step(request.source, StepRequest(rows=rows, step=step, total_steps=total, **asked))
         with self._changed:
             self._deferred.pop(request.source, None)
         if self.spec.experts is not None and self.spec.experts.replicas > 1:
             taken, owners = self._update.last_step[request.source]
             return Reply({}, {"steps": taken, "owners": ", ".join(owners)})
-        return Reply({})
+        return Reply({}, {} if self._private is None else {"noise": self._private.noise.used(request.source)})
 
 
 def _places(experts: Sequence[int]) -> Tensor:

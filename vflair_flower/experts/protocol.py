@@ -14,10 +14,11 @@ hidden, G groups of numbers with a scale.
 `row` says which of the tokens a row is, `expert` the expert's number in the whole layer; rows are sorted by expert.  A
 token goes to a host once, however many of its experts it is routed to.  The router's weights go there in the backward
 pass (the gradient of a row is the token's times its weight), and with ``combine="host"`` in the forward pass as well.
-Where experts have copies, the reply to a step says in plain values which step it was and whose gradients it was taken
-with.  With `padding` all first dimensions are filled up (`vflair_flower.experts.padding`).  With the codec ``"int8"``
-each float tensor is followed by its scales, `<name>_scale` [., G].  What hand-off adds is in
-`vflair_flower.experts.block_calls`.
+Under DP-SGD the forward request of training has `text` [U] as well: which row of the owner's batch each token is of,
+since a row is what hosts clip.  Where experts have copies, the reply to a step says in plain values which step it was
+and whose gradients it was taken with.  With `padding` all first dimensions are filled up
+(`vflair_flower.experts.padding`).  With the codec ``"int8"`` each float tensor is followed by its scales,
+`<name>_scale` [., G].  What hand-off adds is in `vflair_flower.experts.block_calls`.
 """
 
 import math
@@ -61,6 +62,7 @@ def expert_agreement(spec: SplitSpec, config: PreTrainedConfig, *, trained_param
     row = TensorSpec("row", (INDEX_DTYPE,), (routed,))
     expert = TensorSpec("expert", (INDEX_DTYPE,), (routed,))
     weight = TensorSpec("weight", (torch.float32,), (routed,))
+    text = (TensorSpec("text", (INDEX_DTYPE,), (tokens,)),) if spec.privacy is not None else ()
     weight_grad = TensorSpec("weight_grad", (torch.float32,), (routed,))
 
     def vectors(name: str, count: int) -> tuple[TensorSpec, ...]:
@@ -72,7 +74,9 @@ def expert_agreement(spec: SplitSpec, config: PreTrainedConfig, *, trained_param
 
     operations = {
         FORWARD: OperationSpec(
-            (*vectors("hidden", tokens), row, expert, weight), vectors("output", routed), frozenset({"weight"})
+            (*vectors("hidden", tokens), row, expert, weight, *text),
+            vectors("output", routed),
+            frozenset({"weight", *(one.name for one in text)}),
         ),
         BACKWARD: OperationSpec(
             (*vectors("grad", tokens), weight),

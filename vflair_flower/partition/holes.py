@@ -83,12 +83,12 @@ class Channel:
 
     @contextmanager
     def joined(self, call: SegmentCall) -> Iterator[None]:
-        """Let the hole call another party's segment inside the block."""
-        self.call = call
+        """Let the hole call another party's segment inside the block; afterwards what it called before."""
+        before, self.call = self.call, call
         try:
             yield
         finally:
-            self.call = None
+            self.call = before
 
     def send(self, hidden_BTD: Tensor) -> Tensor:
         """Run the hole: returns what the other party's segment makes of `hidden_BTD`."""

@@ -42,10 +42,13 @@ class BodyPrivacy:
     ----------
     settings : DpSettings
         The job's.
+    bodies : int
+        How many parties hold a part of the segment, of which this is one.
     """
 
-    def __init__(self, settings: DpSettings) -> None:
+    def __init__(self, settings: DpSettings, *, bodies: int = 1) -> None:
         self.settings = settings
+        self._bodies = bodies
         self.accounts: dict[str, Accountant] = {}
         """By data party: what this segment alone tells of its rows."""
         self._noise: Noise | None = None
@@ -61,7 +64,8 @@ class BodyPrivacy:
         """Raise SessionError for a step that asks for no noise, or for less than the job says."""
         least = 0.0
         if self.settings.noise_multiplier:
-            least = self.settings.split(self.settings.noise_multiplier, body_trained=True)[1] * (1 - 1e-9)
+            asked = self.settings.split(self.settings.noise_multiplier, body_trained=True, bodies=self._bodies)
+            least = asked[1] * (1 - 1e-9)
         if not (request.noise > 0.0 and request.noise >= least and 0.0 < request.sample_rate <= 1.0):
             raise SessionError(
                 f"'{party}' asked for a step with noise of the multiplier {request.noise} at the sampling rate "

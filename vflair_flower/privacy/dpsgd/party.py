@@ -50,9 +50,11 @@ class PrivateTraining:
     occasion : str
         Names the session; noise and draws are new in every one, also where a round is repeated.
     body_trained : bool
-        Whether the model party's segment is trained as well.
+        Whether the model party's segment is trained as well, or hosts' experts are.
     repeatable : bool
         Whether others can compute the secret.
+    bodies : int
+        How many parties hold what is trained elsewhere: hosts of experts, or one model party.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class PrivateTraining:
         occasion: str,
         body_trained: bool,
         repeatable: bool = False,
+        bodies: int = 1,
     ) -> None:
         self.settings = settings
         self.accountant = accountant
@@ -78,6 +81,7 @@ class PrivateTraining:
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._body_trained = body_trained
         self._repeatable = repeatable
+        self._bodies = bodies
         self._noise = Noise(secret, COVER, "noise", occasion)
         self._draws = Noise(secret, COVER, "rows", occasion).on(torch.device("cpu"))
         self._num_rows = 0
@@ -228,7 +232,7 @@ class PrivateTraining:
                 "stepped with would not be what is on the account. Nothing was stepped."
             )
         self._check_versions()
-        own, _ = self.settings.split(self.multiplier, body_trained=self._body_trained)
+        own, _ = self._multipliers()
         self.accountant.add(noise_multiplier=self.multiplier, sample_rate=self.sample_rate)
         bound = self.settings.max_grad_norm
         with torch.no_grad():
@@ -250,12 +254,12 @@ class PrivateTraining:
                 "the model party is to step, and this party's step is not on the account. Attach the optimiser to the "
                 "session (session.attach), or call before_step() before each step."
             )
-        _, body = self.settings.split(self.multiplier, body_trained=self._body_trained)
+        _, body = self._multipliers()
         return {"noise": body, "sample_rate": self.sample_rate, "empty": self._drawn == 0}
 
     def confirm(self, told: Mapping[str, Any]) -> None:
         """Raise SessionError unless the model party added the noise that it was asked for; closes the step."""
-        _, wanted = self.settings.split(self.multiplier, body_trained=self._body_trained)
+        _, wanted = self._multipliers()
         found = told.get("noise", 0.0 if wanted else None)
         if wanted and not float(found or 0.0) >= wanted:
             raise SessionError(
@@ -268,6 +272,13 @@ class PrivateTraining:
         self._versions = self._current_versions()
         if self._steps == MOVED_AFTER:
             self._check_moved()
+
+    @property
+    def pass_rows(self) -> int:
+        """How many rows the newest forward pass has, B."""
+        if self._sampler.taken is None:
+            raise SessionError("rows were asked for before any forward pass of training. Run one first.")
+        return self._sampler.taken.rows
 
     @property
     def marks(self) -> tuple[str, ...]:
@@ -298,7 +309,7 @@ class PrivateTraining:
         """Return what a report says: epsilon of all steps so far and what it follows from."""
         if not self.multiplier:
             return {}
-        own, body = self.settings.split(self.multiplier, body_trained=self._body_trained)
+        own, body = self._multipliers()
         return {
             "epsilon": self.accountant.epsilon(),
             "epsilon_rdp": self.accountant.epsilon("rdp"),
@@ -311,6 +322,10 @@ class PrivateTraining:
             "max_grad_norm": self.settings.max_grad_norm,
             "oracle_difference": self.worst_difference,
         }
+
+    def _multipliers(self) -> tuple[float, float]:
+        """Return the noise multipliers here, and at each other party that trains a part."""
+        return self.settings.split(self.multiplier, body_trained=self._body_trained, bodies=self._bodies)
 
     def _expect(self, _model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled() and self._model.training:
