@@ -18,6 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,7 +92,16 @@ def read_settings(run_config: list[str]) -> Settings:
         raise ConfigurationError(
             f"there is no setting {', '.join(map(repr, unknown))}; there are {', '.join(sorted(defaults))}."
         )
-    return read_job(fuse_dicts(defaults, overrides))
+    settings = read_job(fuse_dicts(defaults, overrides))
+    if isinstance(settings, MoeSettings):
+        read = {"job", *(field.name.replace("_", "-") for field in fields(settings))}
+        unread = sorted(set(overrides) - read)
+        if unread:
+            raise ConfigurationError(
+                f"the job 'moe' does not read {', '.join(map(repr, unread))}, and would run as if nothing had been "
+                "said. Leave that out; a job of your own takes it from its SplitSpec (docs/experts.md)."
+            )
+    return settings
 
 
 def read_defaults() -> dict[str, Any]:

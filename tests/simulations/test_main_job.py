@@ -17,6 +17,7 @@ import simulations.server_app
 from simulations.audit.settings import AuditSettings
 from simulations.bench.settings import BenchSettings
 from simulations.jobs import read_job
+from simulations.launch import read_settings
 from simulations.local_grid import LocalGrid
 from simulations.moe.settings import MoeSettings
 from simulations.settings import JobSettings
@@ -221,3 +222,9 @@ def test_settings_know_every_key_of_the_run_configuration():
     assert isinstance(read_job({**known, "job": "audit"}), AuditSettings)
     with pytest.raises(ConfigurationError, match="job is 'magic'"):
         read_job({**known, "job": "magic"})
+
+
+def test_the_moe_job_refuses_what_it_would_not_read():
+    assert isinstance(read_settings([str(ROOT / "simulations" / "moe_full.toml")]), MoeSettings)
+    with pytest.raises(ConfigurationError, match="'dp-epsilon', and would run as if"):
+        read_settings(["job='moe' dp-epsilon=8.0"])
