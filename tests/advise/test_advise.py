@@ -184,4 +184,4 @@ def test_the_companies_of_the_docs_get_three_answers_from_the_results_of_the_doc
         found[name] = advise(about, candidates(about, resolve_model(about.model)), evidence)
         assert found[name].within
     defences = {name: one.best.evidence.defences for name, one in found.items()}
-    assert defences == {"shop": "", "agency": "santext:epsilon=5", "clinic": "custext:epsilon=5"}
+    assert defences == {"shop": "", "agency": "custext:epsilon=10", "clinic": "custext:epsilon=5"}
