@@ -47,7 +47,7 @@ from vflair_flower.experts.body import BodyLink, StepsOfBoth
 from vflair_flower.experts.handoff import hands_off
 from vflair_flower.experts.leads import Lead
 from vflair_flower.experts.loading import layers_and_placement, own_segment
-from vflair_flower.experts.private import PrivateExperts, StandInExperts
+from vflair_flower.experts.private import PrivateExperts, StandInExperts, training_hosts
 from vflair_flower.experts.recompute import checkpoint_owner
 from vflair_flower.memory import MemoryParts
 from vflair_flower.partition import (
@@ -96,7 +96,8 @@ class ExpertSession(PartySession):
         lead: Lead | None = None,
         recording: PartyRecording | None = None,
         privacy: "PrivateTraining | None" = None,
-        channel: ExpertChannel | None = None,
+        *,
+        channel: ExpertChannel,
     ) -> None:
         super().__init__(message, own, link, calls, recording, privacy=privacy)
         self.host = host
@@ -134,7 +135,6 @@ class ExpertSession(PartySession):
         super().finish()
 
     def _calling_nobody(self) -> AbstractContextManager[None]:
-        assert self._channel is not None
         return self._channel.joined(StandInExperts())
 
     def _shared_state(self) -> dict[str, Tensor]:
@@ -304,7 +304,7 @@ def expert_session(
         lead = Lead(loaded, model, channel, host, placement, spec, party=offer.party, waiting=waiting)
     host.begin(offer.parties, training=offer.training)
     own = DataSegment(spec=spec, source=source, loaded=loaded, model=model)
-    private = _open_private(own, offer, placement, account, secret)
+    private = open_private(own, Shield(), offer, account, secret, training_hosts(spec, placement))
     with (
         party_recording(record, offer, model) as recording,
         connect_to(offer, recording.tap) as link,
@@ -327,7 +327,9 @@ def expert_session(
                 load_balance(model, spec, exchange),
             ):
                 calls: StepCalls = caller if loaded.segment.is_whole else StepsOfBoth(caller, body)
-                session = ExpertSession(message, own, link, calls, host, caller.lost, lead, recording, private, channel)
+                session = ExpertSession(
+                    message, own, link, calls, host, caller.lost, lead, recording, private, channel=channel
+                )
                 yield session
                 session.finish()
             host.wait_for_owners(_WAIT_FOR_OTHERS * offer.deadline_s)
@@ -338,17 +340,6 @@ def expert_session(
         if lead is not None:
             kept["waiting"] = lead.state()
         store.save(offer.server_round, kept)
-
-
-def _open_private(
-    own: DataSegment, offer: SessionOffer, placement: Placement, account: Path | None, secret: Secret | None
-) -> "PrivateTraining | None":
-    spec = own.spec
-    if spec.privacy is None or spec.experts is None or not offer.training:
-        return None
-    hosts = len(placement.called) if spec.experts.trained == "all" else 0
-    occasion = f"round {offer.server_round}" if spec.defence_seed else offer.session
-    return open_private(own, Shield(), account, occasion, secret, offer.party, hosts)
 
 
 def _leading(lead: Lead | None, link: Link, offer: SessionOffer) -> AbstractContextManager[object]:

@@ -344,15 +344,12 @@ def split_session(
     if arrays:
         load_trained_state(own.model, arrays.to_torch_state_dict())
     own.model.train(offer.training)
-    # Noise is new in every session, but where a job wants it to be the same whenever it is run.
-    occasion = f"round {offer.server_round}, {offer.training}" if own.spec.defence_seed else offer.session
+    occasion = occasion_of(offer, own.spec)
     shield = open_shield(
         own.spec, own.loaded, own.source, party=offer.party, occasion=occasion, secret=secret, policy=policy
     )
     shield.train(offer.training)
-    private = None
-    if own.spec.privacy is not None and offer.training:
-        private = open_private(own, shield, account, occasion, secret, offer.party)
+    private = open_private(own, shield, offer, account, secret)
     with (
         party_recording(record, offer, own.model) as recording,
         shield.watching(own.model, own.channel),
@@ -368,34 +365,34 @@ def split_session(
             session.finish()
 
 
+def occasion_of(offer: SessionOffer, spec: SplitSpec) -> str:
+    """Return what names a session's noise: new in every one, unless a job wants the same whenever it is run."""
+    return f"round {offer.server_round}, {offer.training}" if spec.defence_seed else offer.session
+
+
 def open_private(
-    own: DataSegment,
-    shield: Shield,
-    account: Path | None,
-    occasion: str,
-    secret: Secret | None,
-    party: str,
-    hosts: int = 0,
-) -> "PrivateTraining":
-    """Return a party's DP-SGD in a training session; `hosts` says how many others train experts, where they do."""
+    own: DataSegment, shield: Shield, offer: SessionOffer, account: Path | None, secret: Secret | None, hosts: int = 0
+) -> "PrivateTraining | None":
+    """Return a party's DP-SGD, None without; `hosts` says how many parties train experts, where they are spread."""
+    if own.spec.privacy is None or not offer.training:
+        return None
     from vflair_flower.privacy.dpsgd import Accountant, refuse_shield
     from vflair_flower.privacy.dpsgd import PrivateTraining as Private
 
     spec = own.spec
-    assert spec.privacy is not None
     if account is None:
         raise ConfigurationError(
             "the job trains by DP-SGD, and there is no file for the account of what this party's rows cost: every "
             "session would begin at nothing. Give the session an account, the same path in all sessions of the job."
         )
     refuse_shield(shield)
-    repeatable = Secret.repeatable(spec.defence_seed, party) if spec.defence_seed else None
+    repeatable = Secret.repeatable(spec.defence_seed, offer.party) if spec.defence_seed else None
     return Private(
         own.model,
-        spec.privacy,
-        accountant=Accountant(spec.privacy, account),
+        own.spec.privacy,
+        accountant=Accountant(own.spec.privacy, account),
         secret=repeatable or secret or Secret.fresh(),
-        occasion=occasion,
+        occasion=occasion_of(offer, spec),
         body_trained=spec.scope == "full" if spec.experts is None else hosts > 0,
         repeatable=repeatable is not None,
         bodies=max(hosts, 1),

@@ -96,8 +96,7 @@ def open_parties(
     hosts = {MODEL_PARTY: server}
     with Hub(bind="inproc") as hub, hub.open_session([PARTY], agreement, hosts=hosts, deadline_s=DEADLINE_S) as session:
         server.begin([PARTY], server_round=1, training=True)
-        link = hub.connect(session, PARTY)
-        with link:
+        with hub.connect(session, PARTY) as link:
             remote = RemoteSegment(link, spec)
             for model in (whole, own.model):
                 model.train()

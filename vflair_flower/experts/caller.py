@@ -76,8 +76,9 @@ class ExpertCaller:
         self, layer: int, rows_RD: Tensor, expert_R: Tensor, token_R: Tensor, weight_R: Tensor, *, keep: bool
     ) -> Sequence[Answer]:
         """Run rows, sorted by expert, at their hosts; see `ExpertCalls`."""
+        count = int(token_R.max()) + 1
+        columns = count // self.privacy.pass_rows if keep and self.privacy is not None else 0
         if layer == self._first:
-            count = int(token_R.max()) + 1
             self.tokens += count
             self.rows_since_step += count if keep else 0
         expert_R, token_R = expert_R.cpu(), token_R.cpu()
@@ -91,9 +92,6 @@ class ExpertCaller:
             if not bool(asked_RC.any()):
                 break
             portions = self._portions(layer, copies_RC, asked_RC, expert_R, token_R)
-            columns = 0
-            if keep and self.privacy is not None:
-                columns = (int(token_R.max()) + 1) // self.privacy.pass_rows
             for answer in self._run(portions, rows_RD, weight_R, keep=keep, columns=columns):
                 answers.append(answer)
                 if answer.output is not None:

@@ -444,18 +444,18 @@ class ExpertHost:
         self._peak_kept = max(self._peak_kept, sum(call.num_bytes for call in held))
 
     def _step(self, request: Request) -> Reply:
-        rows = int(request.meta["rows"])
-        if not self._training or rows < 1:
+        asked = StepRequest.read(request.meta)
+        if not self._training or asked.rows < 1:
             raise SessionError(
-                f"'{request.source}' asked for a step over {rows} rows in a session that "
+                f"'{request.source}' asked for a step over {asked.rows} rows in a session that "
                 f"{'trains' if self._training else 'does not train'}. Run a batch before it, in training."
             )
         with self._changed:
             for key in [key for key in self._kept if key[0] == request.source]:
                 del self._kept[key]
-        step, total = int(request.meta["step"]), int(request.meta["total_steps"])
-        asked = {} if self._private is None else self._private.asked(request)
-        self._update.step(request.source, StepRequest(rows=rows, step=step, total_steps=total, **asked))
+        if self._private is not None:
+            self._private.noise.check(request.source, asked)
+        self._update.step(request.source, asked)
         with self._changed:
             self._deferred.pop(request.source, None)
         if self.spec.experts is not None and self.spec.experts.replicas > 1:

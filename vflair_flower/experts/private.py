@@ -10,7 +10,6 @@ Invariant: no step is taken without noise, whichever owners take it together.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from vflair_flower.errors import SessionError
 from vflair_flower.experts.dispatch import Answer, Portion
 from vflair_flower.experts.placement import Placement
 from vflair_flower.privacy.secret import Noise, Secret
-from vflair_flower.remote.updates import Gradients, StepRequest
-from vflair_flower.session import Request
+from vflair_flower.remote.updates import Gradients
 from vflair_flower.spec import SplitSpec
 
 RowPass = Callable[[Tensor], Mapping[str, Tensor]]
@@ -47,7 +45,7 @@ class PrivateExperts:
 
         assert spec.privacy is not None
         layers = sum(bool(layer) for layer in placement.experts_of(party))
-        self.noise: BodyPrivacy = BodyPrivacy(spec.privacy, bodies=len(placement.called))
+        self.noise: BodyPrivacy = BodyPrivacy(spec.privacy, bodies=training_hosts(spec, placement))
         self._bound = spec.privacy.body_clip / math.sqrt(max(layers, 1))
         self._expected_rows = spec.training.batch_size
         repeatable = Secret.repeatable(spec.defence_seed, f"host {party}") if spec.defence_seed else None
@@ -56,7 +54,7 @@ class PrivateExperts:
     @classmethod
     def of(cls, spec: SplitSpec, placement: Placement, party: str, *, server_round: int) -> "PrivateExperts | None":
         """Return what a job needs: None without DP-SGD, or where experts are not trained."""
-        if spec.privacy is None or spec.experts is None or spec.experts.trained == "none":
+        if spec.privacy is None or not training_hosts(spec, placement):
             return None
         return cls(spec, placement, party, server_round=server_round)
 
@@ -87,12 +85,10 @@ class PrivateExperts:
                     sums[name] = sums[name] + one if name in sums else one
         return {name: one / self._expected_rows for name, one in sums.items()}
 
-    def asked(self, request: Request) -> dict[str, Any]:
-        """Return what a step call asks for; raise SessionError for one without noise."""
-        meta = request.meta
-        asked = {"noise": float(meta.get("noise", 0.0)), "sample_rate": float(meta.get("sample_rate", 0.0))}
-        self.noise.check(request.source, StepRequest(rows=int(meta["rows"]), step=0, total_steps=0, **asked))
-        return asked
+
+def training_hosts(spec: SplitSpec, placement: Placement) -> int:
+    """Return how many hosts learn from each owner's rows: none where experts stay as they are."""
+    return len(placement.called) if spec.experts is not None and spec.experts.trained == "all" else 0
 
 
 class StandInExperts:

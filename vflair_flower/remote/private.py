@@ -6,7 +6,7 @@ Invariant: nothing that one party's call left behind is read by another's backwa
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from vflair_flower.partition import LoadedSegment, SegmentRunner
 from vflair_flower.partition.structure import hidden_size, segments_of
 from vflair_flower.privacy.secret import Noise, Secret
 from vflair_flower.remote.updates import Gradients, StepRequest, Update
-from vflair_flower.session import Request
 from vflair_flower.spec import SplitSpec
 
 if TYPE_CHECKING:
@@ -86,16 +85,10 @@ class PrivateServing:
         if self._sampler is not None:
             self.worst_difference = self._try(run, self._sampler)
 
-    def asked(self, request: Request) -> dict[str, Any]:
-        """Return what a step call asks for; raise SessionError for one without noise."""
-        meta = request.meta
-        asked = {
-            "noise": float(meta.get("noise", 0.0)),
-            "sample_rate": float(meta.get("sample_rate", 0.0)),
-        }
+    def check(self, party: str, request: StepRequest) -> None:
+        """Raise SessionError for a step without noise, where anything is trained."""
         if self._trains:
-            self.noise.check(request.source, StepRequest(rows=int(meta["rows"]), step=0, total_steps=0, **asked))
-        return {**asked, "empty": bool(meta.get("empty", False))}
+            self.noise.check(party, request)
 
     @contextmanager
     def capturing(self, rows: int, held: list[object]) -> Iterator[None]:

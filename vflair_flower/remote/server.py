@@ -350,26 +350,20 @@ class SegmentServer:
                 f"'{request.source}' asked for a step without the norm of its gradient, and max_grad_norm is "
                 f"{self.spec.optimizer.max_grad_norm}. Call PartySession.before_step (attach does) before each step."
             )
-        rows = int(request.meta["rows"])
-        asked = {} if self._private is None else self._private.asked(request)
-        empty = bool(asked.pop("empty", False)) and bool(self._update.parameters)
+        asked = StepRequest.read(request.meta)
+        empty = False
+        if self._private is not None:
+            self._private.check(request.source, asked)
+            empty = bool(request.meta.get("empty", False)) and bool(self._update.parameters)
         wants = bool(self._update.parameters) and not self._update.has_gradients(request.source)
-        if rows < 1 or wants is not empty:
+        if asked.rows < 1 or wants is not empty:
             raise SessionError(
-                f"'{request.source}' asked for a step over {rows} rows, and "
+                f"'{request.source}' asked for a step over {asked.rows} rows, and "
                 f"{'some' if self._update.has_gradients(request.source) else 'no'} gradient has come from it since its "
                 "last one; the step would count for nothing. Run the forward and backward pass of a batch before it."
             )
         self._drop_graphs(request.source)
-        self._update.step(
-            request.source,
-            StepRequest(
-                rows=rows,
-                step=int(request.meta["step"]),
-                total_steps=int(request.meta["total_steps"]),
-                **asked,
-            ),
-        )
+        self._update.step(request.source, asked)
         return Reply({}, {} if self._private is None else {"noise": self._private.noise.used(request.source)})
 
     def _refuse_if_left(self, party: str) -> None:

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,17 @@ class StepRequest:
     """The noise multiplier that the party asks for, under DP-SGD."""
     sample_rate: float = 0.0
     """At which it drew its rows, under DP-SGD."""
+
+    @classmethod
+    def read(cls, meta: Mapping[str, Any]) -> Self:
+        """Return what a step call's plain values say; without DP-SGD they name no noise."""
+        return cls(
+            rows=int(meta["rows"]),
+            step=int(meta["step"]),
+            total_steps=int(meta["total_steps"]),
+            noise=float(meta.get("noise", 0.0)),
+            sample_rate=float(meta.get("sample_rate", 0.0)),
+        )
 
 
 class StepNoise(Protocol):

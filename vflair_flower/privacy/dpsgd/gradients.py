@@ -151,6 +151,8 @@ def factored(weight: Tensor, module: nn.Module, went_in: Tensor, grad: Tensor) -
     grad : Tensor
         Of what came out, [B, ..., O].
     """
+    if not weight.requires_grad:
+        return None
     if type(module) is nn.Embedding:
         ids_BT, grad_BTO = went_in.flatten(1), grad.reshape(len(grad), -1, grad.shape[-1])
         if module.padding_idx is not None:  # torch trains no padding
@@ -161,8 +163,6 @@ def factored(weight: Tensor, module: nn.Module, went_in: Tensor, grad: Tensor) -
         if type(module) is Conv1D:
             left, right = right, left
     else:
-        return None
-    if not weight.requires_grad:
         return None
     shape = (weight.shape[0], weight.shape[1])
     held = left[0].numel() + right[0].numel()
